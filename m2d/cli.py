@@ -1,0 +1,69 @@
+"""The command line: `m2d COMMAND ...`.
+
+Each command is a module with `add_arguments(parser)` and `main(args)`. Only the chosen one is
+imported, so that `m2d --help` starts at once and no command pays for another's libraries.
+"""
+
+import argparse
+import importlib
+import signal
+import sys
+
+from m2d import __version__
+from m2d.errors import UserError
+
+COMMANDS = {
+    "convert": ("m2d.conversion", "turn a teacher into a dense student, in one call"),
+    "inspect": ("m2d.inspect", "facts and sizes of a teacher and its students, from its config"),
+    "calibrate": ("m2d.stages.calibrate", "make calibration tokens from text"),
+    "stats": ("m2d.stages.stats", "routing statistics of every layer and expert"),
+    "gram": ("m2d.stages.gram", "Gram statistics of every layer's experts"),
+    "rank": ("m2d.stages.rank", "order the experts of every layer by one scoring method"),
+    "grid": ("m2d.stages.grid", "perplexity of every configuration of one scoring method"),
+    "merge": ("m2d.stages.merge", "write one student"),
+    "perplexity": ("m2d.stages.perplexity", "perplexity of a teacher or student"),
+    "distill": ("m2d.stages.distill", "train a student on its teacher's outputs"),
+    "evaluate": ("m2d.stages.evaluate", "score a model on one lm-eval task"),
+    "tables": ("m2d.stages.tables", "gather results into tables"),
+    "figures": ("m2d.stages.figures", "draw the figures of the tables"),
+    "demo": ("m2d.demo_command", "the demo corpus and teacher"),
+}
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser with every command named, and the arguments of `command` alone."""
+    parser = argparse.ArgumentParser(
+        prog="m2d", description="Turn a Mixture-of-Experts language model into a dense one."
+    )
+    parser.add_argument("--version", action="version", version=f"m2d {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+        if name == command:
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    args = build_parser(command).parse_args(arguments)
+    # A terminated run unwinds like an interrupted one, so that no temporary file remains.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        importlib.import_module(COMMANDS[args.command][0]).main(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"m2d {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
