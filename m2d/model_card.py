@@ -1,0 +1,200 @@
+"""A student's README.md: what it is and where it came from, as text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from m2d import __version__
+
+METHOD = "https://arxiv.org/abs/2605.28207"
+# code identifier -> (the paper's term, in words)
+SCORINGS = {
+    "selection_freq": ("SF", "how often the router selects them"),
+    "preselect_prob": ("PP", "their mean router probability before top-k"),
+    "postselect_prob": ("PS", "their mean routing weight after top-k"),
+    "conditional_prob": ("CP", "their mean router probability where they are selected"),
+    "reap": ("ACP", "their router probability where selected, times the size of their output"),
+    "gram_logdet": (
+        "DO-CP",
+        "a greedy D-optimal choice: router probability where selected, penalising experts whose "
+        "outputs resemble those already chosen",
+    ),
+    "gld_reap": (
+        "DO-ACP",
+        "a greedy D-optimal choice: router probability where selected times output size, "
+        "penalising experts whose outputs resemble those already chosen",
+    ),
+}
+GROUPINGS = {
+    "round_robin": ("RR", "dealt to the groups in turn, in order of importance"),
+    "weight_cluster": ("WC", "clustered by the distances between their weights"),
+    "router_cluster": ("RC", "clustered by the distances between their router rows"),
+    "dominant_expert": ("AB", "joined to the most similar of the leading experts"),
+    "output_cluster": ("OC", "clustered by the distances between their outputs"),
+}
+SCALINGS = {
+    "uniform": "every group's down projection is scaled alike, by the mean routing weight",
+    "proportional": "each group's down projection is scaled by its share of the importance",
+}
+
+
+def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -> str:
+    """The README.md of a student's folder, as Markdown with the hub's YAML front matter.
+
+    `provenance` is what m2d.json holds. Every key is optional, and others are ignored:
+
+    - `teacher`: {`name`: hub id or folder name, `model_type`, `license`} or only the name
+    - `student`: {`architecture`: class name, `parameters`: int}
+    - `plan`: {`scoring`, `grouping`, `scaling`, `keep`, `groups`, `num_experts`, `moe_layers`}
+    - `calibration`: {`source`, `sequences`, `length`}
+    - `distillation`: {`source`, `tokens`, `steps`, `learning_rate`, `teacher_top_k`}; absent for
+      a student that was not distilled
+    - `dtype`, `m2d_version`
+
+    `scores` maps a label to a value, or to {`value`, `stderr`}; numbers as they should be shown.
+    The same arguments always give the same text.
+    """
+    teacher = _section(provenance, "teacher")
+    student = _section(provenance, "student")
+    name = teacher.get("name")
+    distillation = _section(provenance, "distillation")
+    parts = [
+        _front_matter(name, teacher.get("license")),
+        f"# A dense student of {name or 'a Mixture-of-Experts teacher'}\n",
+        _introduction(name, teacher, student, bool(distillation)),
+        "## How it was made\n",
+        _plan(_section(provenance, "plan")),
+        _calibration(_section(provenance, "calibration")),
+        _distillation(distillation),
+        _scores(scores),
+        _loading(provenance.get("dtype")),
+        _licence(teacher.get("license")),
+        f"Made with m2d {provenance.get('m2d_version', __version__)}, after "
+        f"[Pruning and Distilling Mixture-of-Experts into Dense Language Models]({METHOD}). "
+        "`plan.json` names the experts of every layer; `m2d.json` holds the full settings and the "
+        "digests of what the student was made from.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _section(provenance: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = provenance.get(key) or {}
+    return dict(value) if isinstance(value, Mapping) else {"name": str(value)}
+
+
+def _front_matter(name: str | None, licence: str | None) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [f"license: {licence}"] if licence else []
+    # The hub checks base_model, so only something shaped like a hub id may stand there.
+    if name and name.count("/") == 1 and name[0] not in "./~":
+        lines += [f"base_model: {name}"]
+    return "\n".join([*lines, "tags:", "- m2d", "- moe-to-dense", "---\n"])
+
+
+def _introduction(
+    name: str | None, teacher: dict[str, Any], student: dict[str, Any], distilled: bool
+) -> str:
+    kind = f" ({teacher['model_type']})" if teacher.get("model_type") else ""
+    text = (
+        f"An ordinary dense language model, made from the Mixture-of-Experts model "
+        f"{name or 'named in m2d.json'}{kind} by merging its experts into one feed-forward "
+        "network a layer"
+    )
+    text += ", then distilled from that teacher." if distilled else "; it was not trained further."
+    if student.get("architecture"):
+        text += f" It is a stock `{student['architecture']}`"
+        if student.get("parameters"):
+            text += f" with {student['parameters']:,} parameters"
+        text += " and needs no custom code."
+    return text + "\n"
+
+
+def _plan(plan: dict[str, Any]) -> str:
+    if not plan:
+        return ""
+    scoring, grouping, scaling = (plan.get(k, "") for k in ("scoring", "grouping", "scaling"))
+    keep, groups = plan.get("keep"), plan.get("groups")
+    of_all = f" of {plan['num_experts']}" if plan.get("num_experts") else ""
+    layers = f" in each of {plan['moe_layers']} layers" if plan.get("moe_layers") else ""
+    lines = []
+    if keep:
+        term, words = SCORINGS.get(scoring, (scoring, f"`{scoring}`"))
+        lines.append(
+            f"- Kept: {keep}{of_all} routed experts{layers}, chosen by `{scoring}` ({term}): "
+            f"{words}."
+        )
+    if keep and keep == groups:
+        lines.append(f"- Merged: nothing; the {groups} experts are copied exactly (pure pruning).")
+    elif groups:
+        term, words = GROUPINGS.get(grouping, (grouping, f"by `{grouping}`"))
+        lines.append(
+            f"- Merged: into {groups} groups by `{grouping}` ({term}): {words}. Each group is the "
+            "average of its experts' weights, weighted by their importance."
+        )
+    if scaling:
+        lines.append(f"- Scaled: `{scaling}`, {SCALINGS.get(scaling, 'see plan.json')}.")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _calibration(calibration: dict[str, Any]) -> str:
+    if not calibration:
+        return ""
+    text = "- Calibration"
+    if calibration.get("source") or calibration.get("name"):
+        text += f" on {calibration.get('source') or calibration['name']}"
+    sequences, length = calibration.get("sequences"), calibration.get("length")
+    if sequences and length:
+        text += (
+            f": {int(sequences):,} sequences of {int(length):,} tokens "
+            f"({int(sequences) * int(length):,} in all)"
+        )
+    return text + ".\n"
+
+
+def _distillation(distillation: dict[str, Any]) -> str:
+    if not distillation:
+        return "- Distillation: none.\n"
+    text = "- Distillation: forward KL on the teacher's logits"
+    if distillation.get("source") or distillation.get("name"):
+        text += f", on {distillation.get('source') or distillation['name']}"
+    if distillation.get("tokens"):
+        text += f", {int(distillation['tokens']):,} tokens"
+    if distillation.get("steps"):
+        text += f", {int(distillation['steps']):,} steps"
+    if distillation.get("learning_rate"):
+        text += f", peak learning rate {distillation['learning_rate']:g}"
+    if distillation.get("teacher_top_k"):
+        text += f", the teacher routing to {distillation['teacher_top_k']} experts"
+    return text + ".\n"
+
+
+def _scores(scores: Mapping[str, Any] | None) -> str:
+    if not scores:
+        return ""
+    rows = []
+    for label, score in scores.items():
+        if isinstance(score, Mapping):
+            error = score.get("stderr")
+            shown = f"{score['value']:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+        else:
+            shown = f"{score:.4g}"
+        rows.append(f"| {label} | {shown} |")
+    return "\n".join(["## Scores\n", "| measure | score |", "|---|---|", *rows]) + "\n"
+
+
+def _loading(dtype: str | None) -> str:
+    extra = f", dtype={dtype!r}" if dtype else ""
+    return (
+        "## How to load it\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{extra})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n'
+    )
+
+
+def _licence(licence: str | None) -> str:
+    stated = f"`{licence}`, " if licence else ""
+    return (
+        f"## Licence\n\n{stated}inherited from the teacher, whose terms apply to this student"
+        + ("." if licence else "; the teacher's folder did not state one.")
+        + "\n"
+    )
