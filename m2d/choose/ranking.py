@@ -1,0 +1,96 @@
+"""A ranking: what a scoring method says of one layer, and its form as data.
+
+One ranking serves every K, since the kept experts are always a prefix of the order.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from m2d.choose.inputs import Indices, LayerStatistics, Vector
+from m2d.errors import UserError
+
+FORMAT = 1
+DIGITS = 12  # significant digits kept on disk: rounding noise must not look like a new ranking
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Experts from best to worst, and the importance that merging and scaling use."""
+
+    order: Indices
+    """[E] expert ids, best first; the first K are kept."""
+    importance: Vector
+    """[E] by expert id, none negative."""
+
+
+def by_importance(importance: Vector) -> Ranking:
+    """The ranking of a plain score: highest first, the lower expert id first among equals."""
+    return Ranking(np.argsort(-importance, kind="stable").astype(np.int64), importance)
+
+
+def round_significant(value: float, digits: int = DIGITS) -> float:
+    """`value` at so many significant decimal digits, and never -0.0."""
+    return float(f"{value:.{digits - 1}e}") + 0.0
+
+
+def rankings_to_dict(
+    scoring: str, layers: Sequence[LayerStatistics], rankings: Sequence[Ranking]
+) -> dict[str, Any]:
+    """The content of rankings/{scoring}.json; equal rankings give equal dicts."""
+    return {
+        "format": FORMAT,
+        "scoring": scoring,
+        "layers": [
+            {
+                "layer": layer.layer,
+                "order": [int(expert) for expert in ranking.order],
+                "importance": [round_significant(float(value)) for value in ranking.importance],
+            }
+            for layer, ranking in zip(layers, rankings, strict=True)
+        ],
+    }
+
+
+def rankings_from_dict(data: Any, layers: Sequence[LayerStatistics]) -> tuple[str, list[Ranking]]:
+    """The scoring method and one Ranking per layer of `layers`, in that order.
+
+    Raises UserError when `data` is not a ranking, or not one of these layers and experts.
+    """
+    if not isinstance(data, Mapping) or set(data) != {"format", "scoring", "layers"}:
+        raise UserError("not a ranking: its keys must be format, scoring, layers")
+    if data["format"] != FORMAT:
+        raise UserError(f"ranking of format {data['format']!r}; this version reads {FORMAT}")
+    if not isinstance(data["scoring"], str) or not isinstance(data["layers"], list):
+        raise UserError("not a ranking: scoring must be a string and layers a list")
+    found: dict[int, Ranking] = {}
+    for entry in data["layers"]:
+        if not isinstance(entry, Mapping) or set(entry) != {"layer", "order", "importance"}:
+            raise UserError("not a ranking: a layer's keys must be layer, order, importance")
+        found[entry["layer"]] = Ranking(
+            np.asarray(entry["order"]), np.asarray(entry["importance"], dtype=np.float64)
+        )
+    expected = [layer.layer for layer in layers]
+    if sorted(found) != sorted(expected) or len(data["layers"]) != len(expected):
+        raise UserError(
+            f"the ranking covers layers {sorted(found)}, the statistics {sorted(expected)}; "
+            "rank again from these statistics"
+        )
+    return data["scoring"], [_checked(found[layer.layer], layer) for layer in layers]
+
+
+def _checked(ranking: Ranking, layer: LayerStatistics) -> Ranking:
+    experts = layer.num_experts
+    if sorted(ranking.order.tolist()) != list(range(experts)):
+        raise UserError(
+            f"layer {layer.layer}: the ranking's order must name each of the {experts} experts once"
+        )
+    importance = ranking.importance
+    if importance.shape != (experts,) or not np.isfinite(importance).all() or importance.min() < 0:
+        raise UserError(
+            f"layer {layer.layer}: the ranking's importance must be {experts} numbers, "
+            "none negative"
+        )
+    return Ranking(ranking.order.astype(np.int64), importance)

@@ -1,0 +1,53 @@
+"""Scaling methods: the constant s_g of each group's down projection, in place of routing weights.
+
+The student computes sum_g s_g f_g(x). A method is one function (groups, importance, layer) -> [k],
+listed in SCALINGS: groups as expert ids, importance [E] by expert id, the layer's statistics.
+Source: arXiv:2605.28207; the readings of our own are named arguments, listed in docs/method.md.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from m2d.choose.grouping import Groups
+from m2d.choose.inputs import LayerStatistics, Vector
+from m2d.choose.names import PAPER_SCALINGS
+
+__all__ = ["PAPER_SCALINGS", "SCALINGS"]
+
+
+def uniform(groups: Groups, importance: Vector, layer: LayerStatistics) -> Vector:
+    """s_g = m / k, m the mean total routing weight (1 if top-k weights are renormalised)."""
+    return np.full(len(groups), total_weight(layer) / len(groups))
+
+
+def proportional(
+    groups: Groups,
+    importance: Vector,
+    layer: LayerStatistics,
+    group_importance: Literal["sum", "mean"] = "sum",
+) -> Vector:
+    """s_g = m * importance(g) / sum over groups; uniform where every importance is 0.
+
+    A group's importance is the sum of its experts', or their mean.
+    """
+    reduce = np.sum if group_importance == "sum" else np.mean
+    share = np.array([float(reduce(importance[group])) for group in groups])
+    top = float(share.max())
+    if top <= 0.0:
+        return uniform(groups, importance, layer)
+    share = share / top
+    return total_weight(layer) * share / share.sum()
+
+
+SCALINGS: dict[str, Callable[[Groups, Vector, LayerStatistics], Vector]] = {
+    "uniform": uniform,
+    "proportional": proportional,
+}
+"""Identifier -> method. PAPER_SCALINGS names the paper's two among them."""
+
+
+def total_weight(layer: LayerStatistics) -> float:
+    """m: the mean over tokens of the sum of routing weights."""
+    return float(layer.routing.weight_sum.sum() / layer.routing.n_tokens)

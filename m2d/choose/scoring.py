@@ -1,0 +1,174 @@
+"""Scoring methods: each ranks the routed experts of one layer from its statistics alone.
+
+Shapes: E routed experts, K picked ones, k the router's top-k. A method is one function from
+LayerStatistics to Ranking, listed in SCORINGS under its identifier. Ties go to the lower expert id.
+Source: "Pruning and Distilling Mixture-of-Experts into Dense Language Models" (arXiv:2605.28207);
+where it leaves room, the reading is a named argument, and docs/method.md lists them.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from m2d.choose.inputs import Indices, LayerStatistics, Matrix, Vector
+from m2d.choose.names import PAPER_SCORINGS
+from m2d.choose.ranking import Ranking, by_importance
+
+__all__ = ["PAPER_SCORINGS", "SCORINGS", "Ranking"]
+
+TIE = 1e-12  # relative: differences below this are rounding, and the lower expert id wins
+
+
+def selection_freq(layer: LayerStatistics) -> Ranking:
+    """SF: the share of tokens that select the expert, n_selected / n_tokens."""
+    return by_importance(layer.routing.n_selected / layer.routing.n_tokens)
+
+
+def preselect_prob(layer: LayerStatistics) -> Ranking:
+    """PP: the mean router probability before top-k, prob_sum / n_tokens."""
+    return by_importance(layer.routing.prob_sum / layer.routing.n_tokens)
+
+
+def postselect_prob(
+    layer: LayerStatistics, over: Literal["all_tokens", "selected_tokens"] = "all_tokens"
+) -> Ranking:
+    """PS: the mean routing weight after top-k, weight_sum / n_tokens.
+
+    `over="selected_tokens"` divides by n_selected instead (0 if never selected).
+    """
+    routing = layer.routing
+    if over == "selected_tokens":
+        return by_importance(_ratio(routing.weight_sum, routing.n_selected))
+    return by_importance(routing.weight_sum / routing.n_tokens)
+
+
+def conditional_prob(layer: LayerStatistics) -> Ranking:
+    """CP: the mean router probability where selected, prob_sum_selected / n_selected, or 0."""
+    return by_importance(conditional_probability(layer))
+
+
+def reap(
+    layer: LayerStatistics, norm_over: Literal["all_tokens", "selected_tokens"] = "all_tokens"
+) -> Ranking:
+    """ACP: CP times the root mean square norm of the expert's output, CP_e * sqrt(G_ee).
+
+    `norm_over="selected_tokens"` takes that norm over the tokens that selected the expert.
+    """
+    return by_importance(activated_probability(layer, norm_over))
+
+
+def gram_logdet(
+    layer: LayerStatistics,
+    kernel: Literal["gram", "cosine"] = "gram",
+    ridge: float | None = None,
+) -> Ranking:
+    """DO-CP: greedy D-optimal selection with importance CP; see `d_optimal_order`."""
+    importance = conditional_probability(layer)
+    return Ranking(d_optimal_order(layer, importance, kernel, ridge), importance)
+
+
+def gld_reap(
+    layer: LayerStatistics,
+    norm_over: Literal["all_tokens", "selected_tokens"] = "all_tokens",
+    kernel: Literal["gram", "cosine"] = "gram",
+    ridge: float | None = None,
+) -> Ranking:
+    """DO-ACP: greedy D-optimal selection with importance ACP; see `d_optimal_order`."""
+    importance = activated_probability(layer, norm_over)
+    return Ranking(d_optimal_order(layer, importance, kernel, ridge), importance)
+
+
+SCORINGS: dict[str, Callable[[LayerStatistics], Ranking]] = {
+    "selection_freq": selection_freq,
+    "preselect_prob": preselect_prob,
+    "postselect_prob": postselect_prob,
+    "conditional_prob": conditional_prob,
+    "reap": reap,
+    "gram_logdet": gram_logdet,
+    "gld_reap": gld_reap,
+}
+"""Identifier -> method. PAPER_SCORINGS names the paper's seven among them."""
+
+
+def conditional_probability(layer: LayerStatistics) -> Vector:
+    """CP [E]: prob_sum_selected / n_selected, 0 where never selected."""
+    return _ratio(layer.routing.prob_sum_selected, layer.routing.n_selected)
+
+
+def activated_probability(
+    layer: LayerStatistics, norm_over: Literal["all_tokens", "selected_tokens"] = "all_tokens"
+) -> Vector:
+    """ACP [E]: CP times the root mean square output norm."""
+    if norm_over == "selected_tokens":
+        squared = _ratio(layer.routing.out_sq_norm_sum_selected, layer.routing.n_selected)
+    else:
+        squared = np.diagonal(layer.gram.gram)
+    return conditional_probability(layer) * np.sqrt(np.maximum(squared, 0.0))
+
+
+def d_optimal_order(
+    layer: LayerStatistics,
+    importance: Vector,
+    kernel: Literal["gram", "cosine"] = "gram",
+    ridge: float | None = None,
+) -> Indices:
+    """Greedy maximisation of log det(M_SS + lambda I), M = D G D, D = diag(sqrt(importance)).
+
+    `kernel="cosine"` replaces G by the cosines of the expert outputs. lambda = ridge * mean(diag M)
+    where `ridge` defaults to 1/k. Nested: returns all E experts; the choice for any K is a prefix.
+    """
+    gram = layer.gram.gram
+    if kernel == "cosine":
+        norm = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+        gram = _ratio(gram, np.outer(norm, norm))
+    root = np.sqrt(importance)
+    weighted = root[:, None] * gram * root[None, :]
+    mean = float(np.diagonal(weighted).mean())
+    if mean <= 0.0:  # no expert was ever selected, or none puts anything out
+        return by_importance(importance).order
+    # In units of the mean, so that neither the weights' scale nor the data's matters.
+    matrix = weighted / mean
+    matrix[np.diag_indices_from(matrix)] += 1.0 / layer.top_k if ridge is None else ridge
+    return greedy_log_determinant(matrix, importance)
+
+
+def greedy_log_determinant(matrix: Matrix, importance: Vector) -> Indices:
+    """All E indices in the order in which each raises log det(matrix_SS) most.
+
+    matrix: [E, E] symmetric, positive semi-definite. Adding j multiplies the determinant by the
+    Schur complement d_j = m_jj - m_jS m_SS^-1 m_Sj, which the incremental Cholesky factor keeps up
+    to date in O(E |S|) per pick. Once every d_j is 0 to rounding (rank exhausted), the rest follow
+    by importance.
+    """
+    experts = len(matrix)
+    factor = np.zeros((experts, experts))  # row s: the s-th pick's column of the Cholesky factor
+    schur = np.array(np.diagonal(matrix))
+    exhausted = TIE * float(schur.max())
+    free = np.ones(experts, dtype=bool)
+    order: list[int] = []
+    while len(order) < experts:
+        pick = first_maximum(schur, free)
+        if schur[pick] <= exhausted:
+            break
+        row = factor[len(order)]
+        row[:] = (matrix[pick] - factor[: len(order), pick] @ factor[: len(order)]) / np.sqrt(
+            schur[pick]
+        )
+        schur -= row**2
+        free[pick] = False
+        order.append(pick)
+    rest = [int(expert) for expert in by_importance(importance).order if free[expert]]
+    return np.array(order + rest, dtype=np.int64)
+
+
+def first_maximum(values: Vector, free: np.ndarray) -> int:
+    """The lowest free index whose value is the free maximum, to a relative tolerance of TIE."""
+    best = float(values[free].max())
+    return int(np.flatnonzero(free & (values >= best - TIE * abs(best)))[0])
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """numerator / denominator, 0 where the denominator is 0."""
+    result = np.zeros(np.broadcast_shapes(np.shape(numerator), np.shape(denominator)))
+    return np.divide(numerator, denominator, out=result, where=denominator > 0)
