@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from m2d.choose.grouping import Groups
+from m2d.choose.grouping import Groups, merge_weights
 from m2d.choose.inputs import LayerStatistics, Vector
 from m2d.choose.names import PAPER_SCALINGS
 
@@ -41,9 +41,33 @@ def proportional(
     return total_weight(layer) * share / share.sum()
 
 
+def least_squares(
+    groups: Groups, importance: Vector, layer: LayerStatistics, ridge: float = 1e-6
+) -> Vector:
+    """The scales that minimise mean_t ||y_t - sum_g s_g f_g(x_t)||^2: (G' + eps I)^-1 b'.
+
+    Not of the paper. G' = A G A^T and b' = A b, A [k, E] the merge weights; eps = ridge *
+    mean(diag G'). Exact where every group is one expert. A merged group's output is taken as the
+    average of its members' outputs, which is what their Gram can tell, though merging averages
+    their weights. Scales may be negative. Uniform where no expert puts anything out.
+    """
+    mix = np.zeros((len(groups), layer.num_experts))
+    for row, group in zip(mix, groups, strict=True):
+        row[group] = merge_weights(group, importance)
+    gram = mix @ layer.gram.gram @ mix.T
+    mean = float(np.diagonal(gram).mean())
+    if mean <= 0.0:
+        return uniform(groups, importance, layer)
+    # By eigenvalues, since G is stored in float32: rounding may leave it slightly indefinite.
+    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    inverse = 1.0 / (np.maximum(values, 0.0) + ridge * mean)
+    return vectors @ (inverse * (vectors.T @ (mix @ layer.gram.output_dot)))
+
+
 SCALINGS: dict[str, Callable[[Groups, Vector, LayerStatistics], Vector]] = {
     "uniform": uniform,
     "proportional": proportional,
+    "least_squares": least_squares,
 }
 """Identifier -> method. PAPER_SCALINGS names the paper's two among them."""
 

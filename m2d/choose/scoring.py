@@ -11,13 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-from m2d.choose.inputs import Indices, LayerStatistics, Matrix, Vector
+from m2d.choose.greedy import greedy_log_determinant, greedy_regression
+from m2d.choose.inputs import Indices, LayerStatistics, Vector
 from m2d.choose.names import PAPER_SCORINGS
 from m2d.choose.ranking import Ranking, by_importance
 
 __all__ = ["PAPER_SCORINGS", "SCORINGS", "Ranking"]
-
-TIE = 1e-12  # relative: differences below this are rounding, and the lower expert id wins
 
 
 def selection_freq(layer: LayerStatistics) -> Ranking:
@@ -79,6 +78,19 @@ def gld_reap(
     return Ranking(d_optimal_order(layer, importance, kernel, ridge), importance)
 
 
+def omp(layer: LayerStatistics, ridge: float = 1e-6) -> Ranking:
+    """OMP: greedy forward selection by the reduction in ||y - sum_e a_e f_e||^2, from G, b and c.
+
+    Every coefficient is refitted at every pick, `ridge` * mean(diag G) being added to G's diagonal
+    against rounding. Not of the paper. Importance: the share of ||y||^2 that the expert explains
+    alone, b_e^2 / (G_ee c).
+    """
+    gram, dot, total = layer.gram.gram, layer.gram.output_dot, layer.gram.output_sq_norm
+    importance = _ratio(dot**2, np.diagonal(gram) * total)
+    order, _ = greedy_regression(gram, dot[:, None], layer.num_experts, ridge, importance)
+    return Ranking(order, importance)
+
+
 SCORINGS: dict[str, Callable[[LayerStatistics], Ranking]] = {
     "selection_freq": selection_freq,
     "preselect_prob": preselect_prob,
@@ -87,6 +99,7 @@ SCORINGS: dict[str, Callable[[LayerStatistics], Ranking]] = {
     "reap": reap,
     "gram_logdet": gram_logdet,
     "gld_reap": gld_reap,
+    "omp": omp,
 }
 """Identifier -> method. PAPER_SCORINGS names the paper's seven among them."""
 
@@ -131,41 +144,6 @@ def d_optimal_order(
     matrix = weighted / mean
     matrix[np.diag_indices_from(matrix)] += 1.0 / layer.top_k if ridge is None else ridge
     return greedy_log_determinant(matrix, importance)
-
-
-def greedy_log_determinant(matrix: Matrix, importance: Vector) -> Indices:
-    """All E indices in the order in which each raises log det(matrix_SS) most.
-
-    matrix: [E, E] symmetric, positive semi-definite. Adding j multiplies the determinant by the
-    Schur complement d_j = m_jj - m_jS m_SS^-1 m_Sj, which the incremental Cholesky factor keeps up
-    to date in O(E |S|) per pick. Once every d_j is 0 to rounding (rank exhausted), the rest follow
-    by importance.
-    """
-    experts = len(matrix)
-    factor = np.zeros((experts, experts))  # row s: the s-th pick's column of the Cholesky factor
-    schur = np.array(np.diagonal(matrix))
-    exhausted = TIE * float(schur.max())
-    free = np.ones(experts, dtype=bool)
-    order: list[int] = []
-    while len(order) < experts:
-        pick = first_maximum(schur, free)
-        if schur[pick] <= exhausted:
-            break
-        row = factor[len(order)]
-        row[:] = (matrix[pick] - factor[: len(order), pick] @ factor[: len(order)]) / np.sqrt(
-            schur[pick]
-        )
-        schur -= row**2
-        free[pick] = False
-        order.append(pick)
-    rest = [int(expert) for expert in by_importance(importance).order if free[expert]]
-    return np.array(order + rest, dtype=np.int64)
-
-
-def first_maximum(values: Vector, free: np.ndarray) -> int:
-    """The lowest free index whose value is the free maximum, to a relative tolerance of TIE."""
-    best = float(values[free].max())
-    return int(np.flatnonzero(free & (values >= best - TIE * abs(best)))[0])
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

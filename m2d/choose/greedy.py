@@ -1,0 +1,104 @@
+"""Greedy forward selection from a Gram matrix, by one incremental Cholesky factor.
+
+Shapes: N candidates, H outputs, |S| picked ones. A pick costs O(N (|S| + H)), and nothing is ever
+factorised afresh. Both selections are nested: a shorter one is a prefix of a longer one.
+"""
+
+import numpy as np
+
+from m2d.choose.inputs import Indices, Matrix, Vector
+
+TIE = 1e-12  # relative: differences below this are rounding, and the lower index wins
+
+
+def greedy_log_determinant(matrix: Matrix, fallback: Vector) -> Indices:
+    """All N indices in the order in which each raises log det(matrix_SS) most.
+
+    matrix: [N, N] symmetric, positive semi-definite. Adding j multiplies the determinant by the
+    Schur complement d_j = m_jj - m_jS m_SS^-1 m_Sj. Once every d_j is 0 to rounding (the rank is
+    exhausted), the others follow by `fallback` [N], highest first.
+    """
+    candidates = len(matrix)
+    factor = np.zeros((candidates, candidates))  # row s: column of the Cholesky factor, pick s
+    schur = np.array(np.diagonal(matrix))
+    exhausted = TIE * float(schur.max())
+    free = np.ones(candidates, dtype=bool)
+    order: list[int] = []
+    while len(order) < candidates:
+        pick = first_maximum(schur, free)
+        if schur[pick] <= exhausted:
+            break
+        row = factor[len(order)]
+        row[:] = cholesky_row(matrix[pick], factor[: len(order)], pick, schur[pick])
+        schur -= row**2
+        free[pick] = False
+        order.append(pick)
+    return np.concatenate([np.array(order, dtype=np.int64), remaining(free, fallback)])
+
+
+def greedy_regression(
+    gram: Matrix, cross: Matrix, count: int, ridge: float, fallback: Vector
+) -> tuple[Indices, Vector]:
+    """`count` of N regressors, each the one that lowers the squared error of the fit most.
+
+    Forward selection for min_A ||Y - sum_j f_j A_j||^2 + penalty ||A||^2 with all coefficients
+    refitted at every pick (orthogonal least squares), from inner products alone:
+      gram      [N, N]: <f_i, f_j>
+      cross     [N, H]: <f_j, Y_h>; A is [N, H]
+      ridge     penalty / mean(diag gram); above 0 it keeps near-copies from being picked for noise
+      fallback  [N]: order of those left when no further one helps, highest first
+    Returns the picks [count] and the error that each took away [count].
+    """
+    mean = float(np.diagonal(gram).mean())
+    if mean <= 0.0:
+        return remaining(np.ones(len(gram), dtype=bool), fallback)[:count], np.zeros(count)
+    penalty = ridge * mean
+    factor = np.zeros((count, len(gram)))
+    schur = np.diagonal(gram) + penalty  # squared length of each regressor beyond the picked span
+    residual = np.array(cross, dtype=np.float64)  # its inner product with what is left of Y
+    free = np.ones(len(gram), dtype=bool)
+    order: list[int] = []
+    gains = np.zeros(count)
+    exhausted = TIE * mean
+    while len(order) < count:
+        usable = free & (schur > exhausted)
+        gain = np.zeros(len(gram))
+        gain[usable] = np.einsum("nh,nh->n", residual[usable], residual[usable]) / schur[usable]
+        pick = first_maximum(gain, free)
+        if gain[pick] <= TIE * gains[0]:
+            break
+        step = len(order)
+        row = factor[step]
+        row[:] = cholesky_row(gram[pick], factor[:step], pick, schur[pick], penalty)
+        residual -= np.outer(row, residual[pick] / np.sqrt(schur[pick]))
+        schur = schur - row**2
+        gains[step] = gain[pick]
+        free[pick] = False
+        order.append(pick)
+    left = remaining(free, fallback)[: count - len(order)]
+    return np.concatenate([np.array(order, dtype=np.int64), left]), gains
+
+
+def cholesky_row(
+    inner: Vector, factor: Matrix, pick: int, schur: float, penalty: float = 0.0
+) -> Vector:
+    """The Cholesky factor's next column, over all N candidates.
+
+    inner: [N] the matrix's row of the pick, to whose diagonal entry `penalty` is added; factor:
+    [|S|, N] the columns so far; schur: the pick's Schur complement.
+    """
+    row = inner - factor[:, pick] @ factor
+    row[pick] += penalty
+    return row / np.sqrt(schur)
+
+
+def first_maximum(values: Vector, free: np.ndarray) -> int:
+    """The lowest free index whose value is the free maximum, to a relative tolerance of TIE."""
+    best = float(values[free].max())
+    return int(np.flatnonzero(free & (values >= best - TIE * abs(best)))[0])
+
+
+def remaining(free: np.ndarray, fallback: Vector) -> Indices:
+    """The free indices by `fallback`, highest first, the lower index first among equals."""
+    order = np.argsort(-fallback, kind="stable")
+    return order[free[order]].astype(np.int64)
