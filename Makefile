@@ -1,0 +1,61 @@
+# make demo   set everything up and run the pipeline on the embedded demo teacher
+# make test   set everything up and run the tests
+# make check  set everything up and run the static checks
+# Needs Python >= 3.11 and make; another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+# Rules of the workflow call `m2d`, and so find this environment's.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: demo test check format profiles clean help
+
+demo: $(STAMP)
+	snakemake --profile profiles/local all_demo
+	snakemake --profile profiles/local all_demo --report report.html
+	@echo "Tables: results/tables/demo   Figures: results/figures/demo   Report: report.html"
+
+test: $(STAMP)
+	pytest -n 2
+
+check: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+	snakefmt --check workflow
+	snakemake --lint
+
+format: $(STAMP)
+	ruff check --fix .
+	ruff format .
+	snakefmt workflow
+
+# Links the profiles to where Snakemake looks for them: then `snakemake --profile slurm` works.
+profiles:
+	mkdir -p "$(or $(XDG_CONFIG_HOME),$(HOME)/.config)/snakemake"
+	for name in local slurm; do \
+	    ln -sfn "$(CURDIR)/profiles/$$name" \
+	        "$(or $(XDG_CONFIG_HOME),$(HOME)/.config)/snakemake/$$name"; \
+	done
+
+clean:
+	rm -rf results report.html
+
+help:
+	@sed -n 's/^# //p' Makefile | head -4
+
+# Debian's Python makes environments without pip unless python3-venv is installed; then the pip
+# outside serves the environment.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "m2d needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3"; exit 1; }
+	@if test -x $(VENV)/bin/python; then :; \
+	elif $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then $(PYTHON) -m venv --without-pip $(VENV); \
+	else echo "$(PYTHON) has neither ensurepip nor pip: install python3-venv or python3-pip"; exit 1; fi
+	@if test -x $(VENV)/bin/pip; then pip="$(VENV)/bin/python -m pip"; \
+	else pip="$(PYTHON) -m pip --python $(VENV)/bin/python"; fi; \
+	echo "Installing into $(VENV) (about 3 GB; minutes)"; \
+	$$pip install --disable-pip-version-check -q -e '.[dev]'
+	touch $@

@@ -1,0 +1,229 @@
+"""Digests of code: what a rule's result depends on, from the source alone.
+
+Snakemake does not see edits to imported modules, so every rule carries the digest of exactly the
+definitions that its stage reaches. They are found in the syntax tree: nothing is imported, and
+neither comments, docstrings, layout nor the help texts of options count.
+
+A definition is a top-level function, class or assignment of a module of the package. It reaches
+the definitions that it names, in its own module or through imports. The tables of methods are cut
+open: only the chosen methods of SCORINGS, GROUPINGS and SCALINGS are reached, so that an edit to
+one scoring method concerns that method alone.
+"""
+
+import ast
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+TABLES = {"SCORINGS": "scoring", "GROUPINGS": "grouping", "SCALINGS": "scaling"}
+# Wording, names and progress: an edit there changes no number, and must not repeat a distillation.
+WITHOUT_EFFECT = frozenset(
+    {"m2d.errors", "m2d.progress", "m2d.choose.names", "m2d.model_card", "m2d"}
+)
+WORDING = frozenset({"help", "metavar", "description"})  # of argparse options
+
+
+@dataclass
+class Module:
+    """The top level of one source file."""
+
+    definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    """Name -> the statements that bind it."""
+    imports: dict[str, str] = field(default_factory=dict)
+    """Local name -> dotted name, such as "m2d.artifacts.write_json"; of this package only."""
+    loose: list[ast.stmt] = field(default_factory=list)
+    """Statements that bind nothing, such as a call; they run on import and always count."""
+
+
+def stage_digest(
+    stage: str, chosen: Mapping[str, Collection[str]] | None = None, package: Path = PACKAGE
+) -> str:
+    """Digest of all code that the command of module `stage` ("m2d.stages.rank") can run.
+
+    `chosen` names the methods that it will use, by kind: {"scoring": ["reap"]}. 16 hex digits.
+    """
+    digest = hashlib.sha256()
+    for (module, name), text in sorted(reachable(stage, chosen or {}, package).items()):
+        digest.update(f"{module}\0{name}\0{text}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def reachable(
+    stage: str, chosen: Mapping[str, Collection[str]], package: Path = PACKAGE
+) -> dict[tuple[str, str], str]:
+    """(module, definition) -> normalised source, of all that `main` and its options reach."""
+    known = load(stage, package)
+    if known is None or "main" not in known.definitions:
+        raise ValueError(f"{stage}: no such module of the package, or it has no main")
+    found: dict[tuple[str, str], str] = {}
+    waiting = [(stage, "main"), (stage, "add_arguments")]
+    while waiting:
+        key = waiting.pop()
+        if key in found:
+            continue
+        module_name, name = key
+        module = load(module_name, package)
+        if module is None or module_name in WITHOUT_EFFECT:
+            continue
+        if name == "":
+            statements = module.loose
+        else:
+            statements = module.definitions.get(name, [])
+            waiting.append((module_name, ""))
+        if name in TABLES:
+            statements = [_only(node, chosen.get(TABLES[name], ())) for node in statements]
+        found[key] = "\n".join(normalised(node) for node in statements)
+        for node in statements:
+            waiting += references(node, module_name, module, package)
+    return found
+
+
+@cache
+def load(name: str, package: Path) -> Module | None:
+    """The module with this dotted name, or None where the package has none."""
+    base = package.parent.joinpath(*name.split("."))
+    file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    if not file.is_file():
+        return None
+    module = Module()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        module.imports |= imported(node, name, package)
+        names = _bound(node)
+        for bound in names:
+            module.definitions.setdefault(bound, []).append(node)
+        if not names and not isinstance(node, ast.Import | ast.ImportFrom):
+            module.loose.append(node)
+    return module
+
+
+def imported(node: ast.AST, module: str, package: Path) -> dict[str, str]:
+    """Local name -> dotted name, of every import of this package within `node`."""
+    names = {}
+    for item in ast.walk(node):
+        if isinstance(item, ast.Import):
+            for alias in item.names:
+                local = alias.asname or alias.name.split(".")[0]
+                names[local] = alias.name if alias.asname else local
+        elif isinstance(item, ast.ImportFrom):
+            source = item.module or ""
+            if item.level:
+                is_package = package.parent.joinpath(*module.split("."), "__init__.py").is_file()
+                parents = module.split(".")[: None if is_package else -1]
+                parents = parents[: len(parents) - item.level + 1]
+                source = ".".join([*parents, *([source] if source else [])])
+            for alias in item.names:
+                names[alias.asname or alias.name] = f"{source}.{alias.name}"
+    return {k: v for k, v in names.items() if v.split(".")[0] == package.name}
+
+
+def references(
+    node: ast.stmt, module_name: str, module: Module, package: Path
+) -> Iterator[tuple[str, str]]:
+    """The definitions that `node` names, as (module, definition)."""
+    imports = module.imports | imported(node, module_name, package)
+    inner = {id(item.value) for item in ast.walk(node) if isinstance(item, ast.Attribute)}
+    for item in ast.walk(node):
+        chain = None if id(item) in inner else _dotted(item)
+        if chain is None:
+            continue
+        first, *rest = chain
+        if first in imports:
+            yield from _located([*imports[first].split("."), *rest], package)
+        elif not rest and first in module.definitions:
+            yield module_name, first
+
+
+def _located(parts: list[str], package: Path) -> Iterator[tuple[str, str]]:
+    """The definition that a dotted name means; a module's every definition if it is a module."""
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        module = load(name, package)
+        if module is None:
+            continue
+        if length == len(parts):
+            # A package is named for what is below it; alone it means nothing.
+            if not (package.parent.joinpath(*parts) / "__init__.py").is_file():
+                yield from ((name, definition) for definition in module.definitions)
+            return
+        attribute = parts[length]
+        if attribute in module.definitions:
+            yield name, attribute
+        elif attribute in module.imports:
+            yield from _located(
+                [*module.imports[attribute].split("."), *parts[length + 1 :]], package
+            )
+        return
+
+
+def _dotted(node: ast.AST) -> list[str] | None:
+    """["a", "b"] for the expression a.b; None for anything else."""
+    rest: list[str] = []
+    while isinstance(node, ast.Attribute):
+        rest.insert(0, node.attr)
+        node = node.value
+    return [node.id, *rest] if isinstance(node, ast.Name) else None
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """The top-level names that a statement binds."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return set()
+    names = set()
+    for item in ast.walk(node):
+        if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store):
+            names.add(item.id)
+        elif isinstance(item, ast.FunctionDef | ast.ClassDef):
+            names.add(item.name)
+    return names
+
+
+def _only(node: ast.stmt, chosen: Collection[str]) -> ast.stmt:
+    """A table of methods with the chosen entries alone."""
+    value = getattr(node, "value", None)
+    if not isinstance(value, ast.Dict):
+        return node
+    pairs = [
+        (key, item)
+        for key, item in zip(value.keys, value.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value in chosen
+    ]
+    table = ast.Dict(keys=[key for key, _ in pairs], values=[item for _, item in pairs])
+    return ast.fix_missing_locations(
+        ast.Assign(targets=[ast.Name("table", ast.Store())], value=table)
+    )
+
+
+class _Normaliser(ast.NodeTransformer):
+    """Drops what cannot change a result: docstrings and the wording of options."""
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        node = self.generic_visit(node)
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [item for item in body if not _is_text(item)] or [ast.Pass()]  # type: ignore[attr-defined]
+        if isinstance(node, ast.Call):
+            node.keywords = [word for word in node.keywords if word.arg not in WORDING]
+        return node
+
+
+def _is_text(node: ast.AST) -> bool:
+    """Whether a statement is a docstring, or one placed after an attribute."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def normalised(node: ast.stmt) -> str:
+    """The source of a statement without comments, docstrings and layout."""
+    if _is_text(node):
+        return ""
+    # The transformer edits in place, and parsed modules are kept: work on a copy.
+    copy = ast.parse(ast.unparse(node))
+    return ast.unparse(_Normaliser().visit(copy))
