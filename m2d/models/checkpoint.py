@@ -1,0 +1,226 @@
+"""Safetensors checkpoints: tensors read one at a time, and written as a stream.
+
+Reading uses plain file reads, not a memory map, so that resident memory is what the caller holds.
+Writing needs the names, dtypes and shapes beforehand and then takes the tensors one by one, so
+that a checkpoint of any size passes through little memory. The format is safetensors': 8 bytes
+of header length (little endian), a JSON header, then the tensors' bytes in the header's order.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m2d.artifacts import read_json
+from m2d.errors import UserError
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# Hub tools split at 5 GB; the same here, so that uploads and partial downloads behave alike.
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # byte offset in the file
+    nbytes: int
+
+
+def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries by tensor name, and the file's metadata.
+
+    Raises UserError where the file is unreadable, cut off, or inconsistent.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError("header longer than the file")
+            header = json.loads(stream.read(length))
+        metadata = header.pop("__metadata__", {})
+        entries = {
+            name: _entry(file, spec, data_start=8 + length, size=size)
+            for name, spec in header.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+    return entries, metadata
+
+
+def _entry(file: Path, spec: dict[str, Any], data_start: int, size: int) -> Entry:
+    dtype = DTYPES[spec["dtype"]]
+    shape = tuple(int(n) for n in spec["shape"])
+    begin, end = (int(n) for n in spec["data_offsets"])
+    if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError("a tensor's shape and size disagree")
+    if begin < 0 or data_start + end > size:
+        raise ValueError("the file is cut off")
+    return Entry(file, dtype, shape, data_start + begin, end - begin)
+
+
+class Checkpoint:
+    """The tensors of a model folder: one safetensors file, or shards with an index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        for file in shard_files(folder):
+            self.entries.update(read_header(file)[0])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def entry(self, name: str) -> Entry:
+        """The named tensor's place, dtype and shape, or a UserError."""
+        if name not in self.entries:
+            raise UserError(f"{self.folder}: the checkpoint has no tensor {name!r}")
+        return self.entries[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The named tensor, on the CPU, in memory of its own, in the dtype on disk."""
+        entry = self.entry(name)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        self.read_into(name, tensor)
+        return tensor
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Read into `out`, contiguous, of the same dtype and shape."""
+        entry = self.entry(name)
+        if out.dtype != entry.dtype or tuple(out.shape) != entry.shape:
+            raise UserError(
+                f"{entry.file}: {name} is {CODES[entry.dtype]} {list(entry.shape)}, "
+                f"but the config implies {CODES[out.dtype]} {list(out.shape)}"
+            )
+        if not entry.nbytes:
+            return
+        buffer = memoryview(out.view(-1).view(torch.uint8).numpy())
+        try:
+            with entry.file.open("rb", buffering=0) as stream:
+                stream.seek(entry.start)
+                done = 0
+                while done < entry.nbytes:
+                    count = stream.readinto(buffer[done:])
+                    if not count:
+                        raise OSError("the file is cut off")
+                    done += count
+        except OSError as error:
+            raise UserError(f"{entry.file}: cannot read {name} ({error})") from None
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises UserError where there are none, one is missing, or the index points outside the folder.
+    """
+    index = folder / INDEX_NAME
+    if not index.exists():
+        if not (folder / SINGLE_NAME).exists():
+            raise UserError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME} in this folder")
+        return [folder / SINGLE_NAME]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
+            raise UserError(f"{index}: {name!r} is not the name of a safetensors file in the folder")
+        if not (folder / name).exists():
+            raise UserError(f"{folder}: shard {name} is missing")
+    return [folder / name for name in names]
+
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+
+def write_safetensors(
+    file: Path, specs: dict[str, Spec], tensors: Iterable[torch.Tensor], metadata: dict[str, str]
+) -> None:
+    """Write tensors, in the order of `specs`, as they come.
+
+    Each tensor must have the dtype and shape announced for it.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, (dtype, shape) in specs.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + nbytes],
+        }
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # readers map the data, which wants aligned tensors
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: announced {dtype} {shape}, got {tensor.dtype}")
+            if tensor.numel():
+                stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def plan_shards(specs: dict[str, Spec], max_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
+    """Tensor names by shard, in order, none above `max_bytes` unless one tensor alone is."""
+    shards: list[list[str]] = []
+    filled = 0
+    for name, (dtype, shape) in specs.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not shards or filled + nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    return shards
+
+
+def write_checkpoint(
+    folder: Path,
+    specs: dict[str, Spec],
+    tensor: Callable[[str], torch.Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model's tensors as one file, or as shards with an index.
+
+    `tensor(name)` is called once for every name, in the order of `specs`.
+    """
+    shards = plan_shards(specs, max_shard_bytes)
+    names = [SINGLE_NAME]
+    if len(shards) > 1:
+        total = len(shards)
+        names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+        weight_map = {key: file for file, keys in zip(names, shards, strict=True) for key in keys}
+        nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    for file, keys in zip(names, shards, strict=True):
+        part: Iterator[torch.Tensor] = (tensor(key) for key in keys)
+        write_safetensors(folder / file, {k: specs[k] for k in keys}, part, {"format": "pt"})

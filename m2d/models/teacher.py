@@ -1,0 +1,170 @@
+"""A teacher on disk: its config, its family, and its module tree without weights."""
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from m2d.artifacts import read_json
+from m2d.errors import UserError
+from m2d.models.families import Family, family_of
+
+WANTED_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass
+class Teacher:
+    """What is known of a teacher before any weight is read."""
+
+    folder: Path
+    name: str  # what the user called it: the hub id, or the folder's name
+    raw_config: dict[str, Any]  # config.json as it stands on disk
+    config: PretrainedConfig
+    family: Family
+    skeleton: PreTrainedModel  # every parameter on the meta device
+    moe_layers: list[int]
+
+    @property
+    def num_experts(self) -> int:
+        return int(getattr(self.config, self.family.num_experts))
+
+    @property
+    def top_k(self) -> int:
+        return int(getattr(self.config, self.family.top_k))
+
+    @property
+    def expert_width(self) -> int:
+        return int(getattr(self.config, self.family.expert_width))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The checkpoint's own dtype."""
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def locate(model: str | Path, config_only: bool = False) -> Path:
+    """The local folder of a model: the path itself, or the hub's files fetched into the cache."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.is_file() and folder.name == "config.json":
+        return folder.parent
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or folder.is_absolute():
+        raise UserError(f"{model}: no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["config.json"] if config_only else WANTED_FILES
+        return Path(snapshot_download(str(model), allow_patterns=wanted))
+    except Exception as error:  # the hub client raises many kinds, all meaning "not available"
+        raise UserError(
+            f"{model}: no such folder here, and the hub did not give it "
+            f"({type(error).__name__}); check the path, or download it on a connected machine"
+        ) from None
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
+    """config.json as on disk and as transformers reads it. No code of the checkpoint is run."""
+    file = folder / "config.json"
+    raw = read_json(file)
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise UserError(f"{file}: has no model_type; is {folder} a model folder?")
+    if raw["model_type"] not in CONFIG_MAPPING:
+        raise UserError(f"{file}: model_type {raw['model_type']!r} is not known to transformers")
+    try:
+        return raw, CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(f"{file}: not a valid config ({reason[-1] if reason else error})") from None
+
+
+def make_skeleton(config: PretrainedConfig, where: Path | str) -> PreTrainedModel:
+    """The stock model class with parameters on the meta device, buffers real."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    except Exception as error:
+        raise UserError(f"{where}: transformers cannot build a causal LM from it ({error})") from None
+
+
+def open_teacher(model: str | Path, config_only: bool = False) -> Teacher:
+    """Read a teacher's config and build its skeleton; no weight is read.
+
+    Raises UserError for a missing folder, an unknown or dense architecture, or a config that
+    makes no sense.
+    """
+    folder = locate(model, config_only)
+    raw, config = read_config(folder)
+    family = family_of(config.model_type, str(folder / "config.json"))
+    skeleton = make_skeleton(config, folder)
+    moe_layers = [
+        i for i, layer in enumerate(layers_of(skeleton)) if _has_module(layer, family.experts)
+    ]
+    name = folder.resolve().name if Path(model).exists() else str(model)
+    teacher = Teacher(folder, name, raw, config, family, skeleton, moe_layers)
+    if not moe_layers:
+        raise UserError(f"{folder}: no layer has experts; this model is dense already")
+    if not 1 <= teacher.top_k <= teacher.num_experts:
+        raise UserError(
+            f"{folder / 'config.json'}: {family.top_k} is {teacher.top_k}; it must lie between 1 "
+            f"and the {teacher.num_experts} experts"
+        )
+    return teacher
+
+
+def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder layers of a stock causal LM."""
+    return model.base_model.layers
+
+
+def _has_module(layer: torch.nn.Module, path: str) -> bool:
+    try:
+        layer.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(math.prod(p.shape) for p in model.parameters())
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The named device, or the default one: a GPU if there is one."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device}: not available here ({reason})") from None
+    return chosen
+
+
+def pick_dtype(dtype: str | None, default: torch.dtype) -> torch.dtype:
+    """A torch dtype by name."""
+    return getattr(torch, dtype) if dtype else default
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' advice about configs, which is not for our users."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,167 @@
+"""Gram statistics: inner products of all experts' outputs on every calibration token.
+
+Definitions: docs/method.md. Expert outputs are large products in the teacher's dtype; inner products
+of float32 accuracy are taken over chunks of tokens and added up in float64.
+Shapes: N tokens, E experts, H hidden size, I expert intermediate size.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from m2d.choose.inputs import GramStatistics
+from m2d.models.experts import StackedExperts
+from m2d.models.stream import StreamedTeacher
+from m2d.models.teacher import open_teacher, pick_device, pick_dtype
+from m2d.options import add_compute_options
+from m2d.progress import say
+from m2d.stages.stats import provenance
+from m2d.statistics import write_gram
+from m2d.tokens import read_tokens
+
+# Memory that a chunk of tokens may take: all experts' outputs, and float32 copies of a part.
+CHUNK_BYTES = 400_000_000
+COLUMNS_AT_ONCE = 65_536  # columns of the outputs that are widened to float32 at a time
+BLOCK_ROWS = 32  # rows of one block of the upper triangle
+
+
+def inner_products(rows: Tensor) -> Tensor:
+    """rows @ rows.T, float64 [R, R] of [R, M], accumulated in float32 within chunks of M.
+
+    Only blocks on and above the diagonal are computed. Rows of bfloat16 are multiplied as
+    bfloat16 (exact products), with float32 sums.
+    """
+    count, columns = rows.shape
+    total = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    with _exact_low_precision_products(rows):
+        for start in range(0, columns, COLUMNS_AT_ONCE):
+            part = rows[:, start : start + COLUMNS_AT_ONCE].to(wide)
+            for top in range(0, count, BLOCK_ROWS):
+                total[top : top + BLOCK_ROWS, top:] += part[top : top + BLOCK_ROWS] @ part[top:].T
+    upper = total.triu()
+    return upper + upper.triu(1).T
+
+
+@contextlib.contextmanager
+def _exact_low_precision_products(rows: Tensor) -> Iterator[None]:
+    """Let float32 products run on the bfloat16 units where the values are bfloat16 anyway.
+
+    The result is float32 either way; only the factors would be rounded, and they need none.
+    """
+    if rows.dtype != torch.bfloat16:
+        yield
+        return
+    backend = torch.backends.cuda.matmul if rows.is_cuda else torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    # On a GPU, TF32 holds every bfloat16 exactly.
+    backend.fp32_precision = "tf32" if rows.is_cuda else "bf16"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+def routed_output(outputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """y [N, H]: the weighted sum of the selected experts among outputs [E, N, H]."""
+    tokens = torch.arange(index.shape[0], device=index.device)[:, None]
+    return (outputs[index, tokens] * weights[..., None].to(outputs.dtype)).sum(1)
+
+
+class GramTotals:
+    """Adds up Gram statistics by layer; its `visit` goes to StreamedTeacher.run."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, Tensor] = {}  # float64 [E + 1, E + 1]: the experts and, last, y
+        self.weights: dict[int, tuple[Tensor, Tensor]] = {}
+        self.tokens: dict[int, int] = {}
+
+    def visit(
+        self,
+        layer: int,
+        router: nn.Module,
+        experts: StackedExperts,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        norms: Tensor,
+    ) -> None:
+        if layer not in self.sums:
+            count = experts.num_experts
+            self.sums[layer] = torch.zeros(count + 1, count + 1, dtype=torch.float64)
+            self.weights[layer] = (weight_gram(experts), router_gram(router))
+            self.tokens[layer] = 0
+        for chunk in torch.arange(len(hidden)).split(chunk_tokens(experts, hidden)):
+            rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
+            outputs = every_expert(experts, hidden[rows])
+            outputs[-1] = routed_output(outputs, index[rows], weights[rows])
+            self.sums[layer] += inner_products(outputs.flatten(1)).cpu()
+        self.tokens[layer] += len(hidden)
+
+    def result(self) -> dict[int, GramStatistics]:
+        """Gram statistics by layer."""
+        return {layer: self._layer(layer) for layer in self.sums}
+
+    def _layer(self, layer: int) -> GramStatistics:
+        mean = np.asarray(self.sums[layer]) / self.tokens[layer]
+        weight, router = self.weights[layer]
+        return GramStatistics(
+            gram=mean[:-1, :-1],
+            output_dot=mean[:-1, -1],
+            output_sq_norm=float(mean[-1, -1]),
+            weight_gram=np.asarray(weight.cpu()),
+            router_gram=np.asarray(router.cpu()),
+        )
+
+
+def every_expert(experts: StackedExperts, hidden: Tensor) -> Tensor:
+    """f_e(x) of every expert on every token, and one free row at the end: [E + 1, N, H]."""
+    outputs = hidden.new_empty(experts.num_experts + 1, *hidden.shape)
+    for expert in range(experts.num_experts):
+        inner = experts.glu(hidden @ experts.gate_up_proj[expert].T)
+        torch.mm(inner, experts.down_proj[expert].T, out=outputs[expert])
+    return outputs
+
+
+def chunk_tokens(experts: StackedExperts, hidden: Tensor) -> int:
+    """Tokens of a chunk, such that its outputs fit into CHUNK_BYTES or a quarter of what is free."""
+    free = CHUNK_BYTES
+    if hidden.is_cuda:
+        free = max(free, torch.cuda.mem_get_info(hidden.device)[0] // 4)
+    per_token = (experts.num_experts + 1) * hidden.shape[1] * hidden.element_size()
+    return max(1, min(len(hidden), free // per_token))
+
+
+def weight_gram(experts: StackedExperts) -> Tensor:
+    """W [E, E]: inner products of the experts' own weights, gate, up and down together."""
+    gate_up, down = experts.gate_up_proj.flatten(1), experts.down_proj.flatten(1)
+    return inner_products(gate_up) + inner_products(down)
+
+
+def router_gram(router: nn.Module) -> Tensor:
+    """R [E, E]: inner products of the router's rows."""
+    rows = router.weight.double()  # type: ignore[operator, union-attr]
+    return rows @ rows.T
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help="folder or hub id")
+    parser.add_argument("out", type=Path, help="the file to write, .safetensors")
+    parser.add_argument("--calibration", required=True, help="token file from m2d calibrate")
+    add_compute_options(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    teacher = open_teacher(args.teacher)
+    tokens = read_tokens(args.calibration, teacher.config.vocab_size)
+    dtype = pick_dtype(args.dtype, teacher.dtype)
+    totals = GramTotals()
+    stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
+    stream.run(tokens, args.batch, totals.visit, "Gram statistics, layers")
+    write_gram(args.out, totals.result(), provenance(teacher, args.calibration, dtype))
+    say(f"{args.out}: {len(totals.sums)} layers, {tokens.numel()} tokens")
