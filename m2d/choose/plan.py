@@ -21,8 +21,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from m2d.choose.grouping import GROUPINGS, merge_weights
 from m2d.choose.inputs import LayerStatistics
 from m2d.choose.names import resolve
@@ -285,4 +283,4 @@ def _integer(value: Any, lowest: int, highest: int | None, where: str) -> int:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float, np.floating)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,6 +3,7 @@
 One ranking serves every K, since the kept experts are always a prefix of the order.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,13 +66,13 @@ def rankings_from_dict(data: Any, layers: Sequence[LayerStatistics]) -> tuple[st
         raise UserError(f"ranking of format {data['format']!r}; this version reads {FORMAT}")
     if not isinstance(data["scoring"], str) or not isinstance(data["layers"], list):
         raise UserError("not a ranking: scoring must be a string and layers a list")
-    found: dict[int, Ranking] = {}
+    found: dict[int, Mapping] = {}
     for entry in data["layers"]:
         if not isinstance(entry, Mapping) or set(entry) != {"layer", "order", "importance"}:
             raise UserError("not a ranking: a layer's keys must be layer, order, importance")
-        found[entry["layer"]] = Ranking(
-            np.asarray(entry["order"]), np.asarray(entry["importance"], dtype=np.float64)
-        )
+        if type(entry["layer"]) is not int:
+            raise UserError("not a ranking: a layer's layer must be a whole number")
+        found[entry["layer"]] = entry
     expected = [layer.layer for layer in layers]
     if sorted(found) != sorted(expected) or len(data["layers"]) != len(expected):
         raise UserError(
@@ -81,16 +82,23 @@ def rankings_from_dict(data: Any, layers: Sequence[LayerStatistics]) -> tuple[st
     return data["scoring"], [_checked(found[layer.layer], layer) for layer in layers]
 
 
-def _checked(ranking: Ranking, layer: LayerStatistics) -> Ranking:
-    experts = layer.num_experts
-    if sorted(ranking.order.tolist()) != list(range(experts)):
+def _checked(entry: Mapping, layer: LayerStatistics) -> Ranking:
+    experts, order, importance = layer.num_experts, entry["order"], entry["importance"]
+    if not _numbers(order, experts) or sorted(order) != list(range(experts)):
         raise UserError(
             f"layer {layer.layer}: the ranking's order must name each of the {experts} experts once"
         )
-    importance = ranking.importance
-    if importance.shape != (experts,) or not np.isfinite(importance).all() or importance.min() < 0:
+    if not _numbers(importance, experts) or not all(0 <= value < math.inf for value in importance):
         raise UserError(
             f"layer {layer.layer}: the ranking's importance must be {experts} numbers, "
             "none negative"
         )
-    return Ranking(ranking.order.astype(np.int64), importance)
+    return Ranking(np.array(order, dtype=np.int64), np.array(importance, dtype=np.float64))
+
+
+def _numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(value, (int, float)) for value in values)
+    )
