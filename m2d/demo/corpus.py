@@ -1,7 +1,8 @@
 """The demo corpus: the documentation of packages that every installation of m2d has.
 
-Nothing is downloaded and nothing is imported: docstrings are read with `ast` from the source files of the installed
-dependencies, and of Python's own library. One package (or a few kindred ones) is one domain.
+Nothing is downloaded and nothing is imported: docstrings are read with `ast` from the source files
+of the installed dependencies, and of Python's own library. One package, or a few kindred ones, is
+one domain.
 """
 
 import ast
@@ -9,18 +10,20 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import multiprocessing
 import re
-import sys
 import sysconfig
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from m2d.artifacts import atomic_path
+from m2d.artifacts import atomic_path, require_absent
 from m2d.errors import UserError
+from m2d.progress import say
 
 # Domain -> packages. Only dependencies that pyproject.toml pins, or that these need: what else a
 # developer has installed must not change the corpus.
@@ -37,14 +40,17 @@ DOMAINS: dict[str, tuple[str, ...]] = {
     "sympy": ("sympy", "mpmath"),
     "networkx": ("networkx",),
     "nltk": ("nltk",),
-    "python": (),  # the standard library and the topics of pydoc
+    "python": (),  # the standard library, with the topics of pydoc
 }
 SPLITS = ("train", "calibration", "test")
 HELD_OUT_PERCENT = 3  # of the documents, for calibration and for test each
 MIN_DOCUMENT = 100  # characters; shorter documents are dropped
+RUN = 10  # words; see clean_held_out
 HEADING = 20  # normalised characters; shorter paragraphs ("Examples:") may repeat
 
-_SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "third_party", "site-packages", "idlelib"}
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "testing", "idlelib", "site-packages", "third_party", "_vendor", "externals"}
+)
 
 
 class Document(NamedTuple):
@@ -56,16 +62,229 @@ class Document(NamedTuple):
     split: str  # one of SPLITS
 
 
-def _normalise(text: str) -> str:
-    """Lower case, digits as 0, every run of anything but letters and digits as one space."""
+def split_of(name: str) -> str:
+    """The split of the document of this name.
+
+    By a hash of the name, not of the text: when a later version of a package edits a text, it stays
+    in its split, so no test text is an edited copy of a text on which the teacher was trained.
+    """
+    percentile = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 100
+    if percentile < HELD_OUT_PERCENT:
+        return "test"
+    return "calibration" if percentile < 2 * HELD_OUT_PERCENT else "train"
+
+
+# --- reading documentation out of source files ----------------------------------------
+
+
+def _strings_in_doc_statements(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(name, text) of documentation that is not a docstring.
+
+    Compiled packages attach documentation with calls such as `add_newdoc("numpy", "abs", "...")`,
+    and templates stand in assignments such as `_shared_docs["merge"] = "..."`: long literals under
+    a call or an assignment in whose name "doc" occurs.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            values = [*node.args, *(keyword.value for keyword in node.keywords)]
+            named = ast.unparse(node.func)
+        elif isinstance(node, ast.Assign):
+            named, values = ast.unparse(node.targets[0]), [node.value]
+        else:
+            continue
+        if len(named) > 60 or "doc" not in named.lower():
+            continue
+        constants = [v.value for v in values if isinstance(v, ast.Constant)]
+        words = [c for c in constants if isinstance(c, str) and len(c) < 40]
+        for part in values:
+            for leaf in ast.walk(part):
+                text = leaf.value if isinstance(leaf, ast.Constant) else None
+                if isinstance(text, str) and len(text) >= MIN_DOCUMENT:
+                    yield ".".join([named, *words]), inspect.cleandoc(text)
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """The docstrings of a function or class, and of everything defined in it, in order."""
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    if isinstance(node, definitions) and (doc := ast.get_docstring(node)):
+        yield doc
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield from _docstrings(child)
+
+
+def documents_in(source: str, where: str) -> list[tuple[str, str]]:
+    """(name, text) of every document in a Python source; none if it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    found = [(where, ast.get_docstring(tree) or "")]
+    for node in tree.body:
+        label = getattr(node, "name", "")
+        found.append((f"{where}:{label}", "\n\n".join(_docstrings(node))))
+    found += [(f"{where}:{n}", text) for n, text in _strings_in_doc_statements(tree)]
+    return [(name, text) for name, text in found if len(text) >= MIN_DOCUMENT]
+
+
+def _documents_in_file(job: tuple[str, str, str]) -> list[tuple[str, str, str]]:
+    domain, path, where = job
+    source = Path(path).read_text(encoding="utf-8", errors="replace")
+    if where == "pydoc_data/topics.py":
+        scope: dict[str, dict[str, str]] = {}
+        exec(compile(source, path, "exec"), scope)  # nothing but the literal of one dictionary
+        return [(domain, f"{where}:{k}", v) for k, v in sorted(scope["topics"].items())]
+    return [(domain, name, text) for name, text in documents_in(source, where)]
+
+
+def _sources() -> list[tuple[str, str, str]]:
+    """(domain, path, path within the package's parent) of every source file, in a fixed order."""
+    jobs = []
+    for domain, packages in DOMAINS.items():
+        roots = []
+        for package in packages:
+            spec = importlib.util.find_spec(package)  # finds a top-level package without importing
+            if spec is None or not spec.submodule_search_locations:
+                raise UserError(
+                    f"the demo corpus needs the package {package}, which is not installed: "
+                    "install m2d with its pinned dependencies"
+                )
+            roots += [(Path(p), Path(p).parent) for p in spec.submodule_search_locations]
+        if domain == "python":
+            library = Path(sysconfig.get_path("stdlib"))
+            roots = [(library, library)]
+        for root, base in roots:
+            for path in root.rglob("*.py*"):
+                where = path.relative_to(base)
+                if path.suffix in (".py", ".pyi") and _SKIPPED_FOLDERS.isdisjoint(where.parts):
+                    jobs.append((domain, str(path), where.as_posix()))
+    order = {domain: i for i, domain in enumerate(DOMAINS)}
+    return sorted(set(jobs), key=lambda job: (order[job[0]], job[2], job[1]))
+
+
+# --- removing what is said twice ------------------------------------------------------
+
+
+def normalise(text: str) -> str:
+    """Lower case, digits as 0, and every run of anything but letters and digits as one space."""
     return re.sub(r"[\W_]+", " ", re.sub(r"\d+", "0", text.lower())).strip()
 
 
-def _split_of(name: str) -> str:
-    """The split of a document.
+def paragraphs(text: str) -> list[str]:
+    """The paragraphs of a text: its blocks between blank lines."""
+    return [p.strip("\n") for p in re.split(r"\n\s*\n", text) if p.strip()]
 
-    By a hash of its name, not of its text: a text that a later version of its package edits stays in
-    its split, so that a new test text is never an edited text on which the teacher was trained.
+
+def deduplicate(texts: Iterable[str]) -> Iterator[str]:
+    """Each text without the paragraphs that an earlier text, or it itself, already contains.
+
+    A paragraph repeats if at least half of it, by characters, is lines that occurred before, both
+    normalised: an argument list of which one entry is new is dropped as a whole. Headings (shorter
+    than `HEADING` normalised characters) stay unless what follows them goes.
     """
-    percent = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) * 100 >> 32
-    return SPLITS[max(0, percent - (100 - 2 * HELD_OUT_PERCENT - HELD_OUT_PERCENT)) // HELD_OUT_PERCENT]
+    seen: set[int] = set()
+    for text in texts:
+        kept: list[str] = []
+        headings: list[str] = []
+        for paragraph in paragraphs(text):
+            whole = normalise(paragraph)
+            if len(whole) < HEADING:
+                headings.append(paragraph)
+                continue
+            lines = [n for line in paragraph.split("\n") if len(n := normalise(line)) >= HEADING]
+            old = sum(len(line) for line in lines if _digest(line) in seen)
+            known = _digest(whole) in seen or 2 * old > sum(map(len, lines))
+            seen.update(_digest(line) for line in [whole, *lines])
+            if not known:
+                kept += [*headings, paragraph]
+            headings = []
+        yield "\n\n".join(kept)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def clean_held_out(documents: Iterable[Document]) -> list[Document]:
+    """The documents, split by split, without held-out paragraphs that an earlier split knows.
+
+    A paragraph is known if more than half of its runs of `RUN` normalised words occur in documents
+    of an earlier split: this finds what `deduplicate` misses, copies with other line breaks. Train
+    documents stay as they are.
+    """
+    documents = list(documents)
+    held_out = {run for d in documents if d.split != "train" for run in _runs(d.text)}
+    known: set[int] = set()
+    cleaned = []
+    for split in SPLITS:
+        here = [d for d in documents if d.split == split]
+        if split != "train":
+            here = [d._replace(text=_without(d.text, known)) for d in here]
+        known.update(run for d in here for run in _runs(d.text) if run in held_out)
+        cleaned += [d for d in here if len(d.text) >= MIN_DOCUMENT]
+    return cleaned
+
+
+def _runs(text: str) -> list[int]:
+    words = normalise(text).split()
+    return [hash(tuple(words[i : i + RUN])) for i in range(len(words) - RUN + 1)]
+
+
+def _without(text: str, known: set[int]) -> str:
+    kept = []
+    for paragraph in paragraphs(text):
+        runs = _runs(paragraph)
+        if 2 * sum(run in known for run in runs) <= len(runs):
+            kept.append(paragraph)
+    return "\n\n".join(kept)
+
+
+# --- the corpus -----------------------------------------------------------------------
+
+
+def build_corpus() -> list[Document]:
+    """The whole demo corpus, in a fixed order, train first; half a minute on two cores.
+
+    Raises UserError if one of the packages is not installed.
+    """
+    start = time.monotonic()
+    jobs = _sources()
+    say(f"corpus: reading the documentation in {len(jobs)} source files")
+    context = multiprocessing.get_context("spawn")  # fork is unsafe in a caller that has threads
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        found = [d for part in pool.map(_documents_in_file, jobs, chunksize=200) for d in part]
+    raw = sum(len(text) for _, _, text in found)
+    numbered: Counter[str] = Counter()
+    documents = []
+    for (domain, name, _), text in zip(found, deduplicate(t for *_, t in found), strict=True):
+        numbered[name] += 1
+        if len(text) >= MIN_DOCUMENT:
+            unique = name if numbered[name] == 1 else f"{name}#{numbered[name]}"
+            documents.append(Document(domain, unique, text, split_of(name)))
+    documents = clean_held_out(documents)
+    size = sum(len(d.text) for d in documents)
+    say(
+        f"corpus: {len(documents)} documents, {size / 1e6:.1f} MB of {raw / 1e6:.1f} MB "
+        f"after deduplication, {time.monotonic() - start:.0f} s"
+    )
+    return documents
+
+
+def write_corpus(folder: Path) -> None:
+    """Write `train.jsonl`, `calibration.jsonl` and `test.jsonl` into a new folder.
+
+    One JSON object per line: {"text", "domain", "name"}. The folder appears when it is complete.
+    Raises UserError if it exists.
+    """
+    require_absent(folder)
+    documents = build_corpus()
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        for split in SPLITS:
+            with (temporary / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+                for d in documents:
+                    if d.split == split:
+                        line = {"text": d.text, "domain": d.domain, "name": d.name}
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,0 +1,389 @@
+"""The demo teacher: a small Qwen3-MoE language model, trained from nothing on the demo corpus.
+
+Shapes: B sequences per step, T tokens per sequence, H hidden size, I expert intermediate size,
+E routed experts, V vocabulary. `usage` of an expert is the fraction of tokens that select it; with
+top-k of E and perfect balance every usage is k / E.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from m2d.artifacts import atomic_path, require_absent
+from m2d.demo.corpus import build_corpus
+from m2d.errors import UserError
+from m2d.progress import say
+
+VOCABULARY = 4096
+SEQUENCE = 256  # T
+BATCH = 32  # B
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, whose one special token ends a document."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a saved teacher. Raises UserError if there is none."""
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no tokenizer.json, so not the folder of a demo teacher")
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def teacher_config(eos_token_id: int = 0) -> Qwen3MoeConfig:
+    """The demo teacher's architecture: 4.94 million parameters, of which 1.5 million are active."""
+    return Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim: its stub lacks what it takes
+        vocab_size=VOCABULARY,
+        hidden_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=256,  # of dense layers, of which there are none: top-k x expert width
+        moe_intermediate_size=64,
+        num_experts=32,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=eos_token_id,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+    """The token ids of each document, each ended by the end-of-text token."""
+    end = tokenizer.eos_token_id
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [np.array([*document, end], dtype=np.int32) for document in ids]
+
+
+def windows(documents: Sequence[np.ndarray], length: int = SEQUENCE) -> np.ndarray:
+    """Documents one after another, cut into non-overlapping windows: [N, length] int32.
+
+    What is left at the end and fills no window is dropped.
+    """
+    stream = np.concatenate(documents)
+    return stream[: len(stream) // length * length].reshape(-1, length)
+
+
+def batches(documents: Sequence[np.ndarray], seed: int, skip: int) -> Iterator[torch.Tensor]:
+    """Endless training batches [B, T], from the batch number `skip` on.
+
+    Each epoch has its own order of the documents, a function of the seed and the epoch alone.
+    """
+    epoch = 0
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(len(documents))
+        shuffled = windows([documents[i] for i in order])
+        number = len(shuffled) // BATCH
+        for i in range(min(skip, number), number):
+            yield torch.from_numpy(shuffled[i * BATCH : (i + 1) * BATCH]).long()
+        skip = max(0, skip - number)
+        epoch += 1
+
+
+# --- the balance of the experts -------------------------------------------------------
+
+
+def balance_loss(logits_NE: torch.Tensor, selected_Nk: torch.Tensor) -> torch.Tensor:
+    """The load-balancing loss of one layer: E * sum_e f_e P_e, which is 1 if balanced.
+
+    f_e is expert e's share of all selections, P_e its mean router probability. One layer at a time:
+    pooled over the layers, one layer's preference could make up for another's.
+    Source: Fedus, Zoph and Shazeer 2022, Switch Transformers, eq. 4-6.
+    """
+    experts = logits_NE.shape[-1]
+    counts = torch.bincount(selected_Nk.flatten(), minlength=experts)
+    share_E = counts / selected_Nk.numel()
+    probability_E = logits_NE.float().softmax(-1).mean(0)
+    return experts * (share_E * probability_E).sum()
+
+
+def watch_routers(model: Qwen3MoeForCausalLM) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A list to which each layer in turn appends router logits [N, E], selected experts [N, k]."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(_module: Any, _inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+        seen.append((output[0], output[2]))
+
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(keep)
+    return seen
+
+
+# --- the optimiser --------------------------------------------------------------------
+
+
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """Roughly the nearest semi-orthogonal matrices, by 5 Newton-Schulz steps: [..., rows, columns].
+
+    Source: Jordan et al. 2024, Muon (the quintic iteration and its coefficients).
+    """
+    x = matrices.bfloat16()
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for stacks of matrices; torch's own takes single matrices only, and experts are stacks.
+
+    The update's root mean square is that of an Adam step (Liu et al. 2025), so that both optimisers
+    share the learning rate and weight decay. `halves` in a group says that two matrices lie one
+    above the other (gate and up).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "halves": 1})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                direction = p.grad.lerp(momentum, 0.95)  # Nesterov
+                rows = p.shape[-2] // group["halves"]
+                stack = direction.view(-1, rows, p.shape[-1])
+                update = orthogonalise(stack).view(p.shape) * 0.2 * max(stack.shape[-2:]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+
+def make_optimisers(
+    model: Qwen3MoeForCausalLM, learning_rate: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers; AdamW for embedding, routers and norms."""
+    gate_up: list[torch.Tensor] = []
+    matrices: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
+    vectors: list[torch.Tensor] = []
+    for name, p in model.named_parameters():
+        if name.endswith("gate_up_proj"):
+            gate_up.append(p)
+        elif p.ndim >= 2 and "_proj" in name:
+            matrices.append(p)
+        else:
+            (others if p.ndim >= 2 else vectors).append(p)
+    muon = Muon(
+        [{"params": gate_up, "halves": 2}, {"params": matrices}], learning_rate, weight_decay
+    )
+    adam_groups: list[dict[str, Any]] = [
+        {"params": others},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(
+        adam_groups,
+        lr=learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=weight_decay,
+    )
+    return [muon, adam]
+
+
+def schedule(step: int, steps: int, warm_up: int = 100, decay: float = 0.35) -> float:
+    """Factor of the learning rate: warm-up, constant, then linearly to 0 over the last part.
+
+    Until the decay begins it does not depend on `steps`: a run can be resumed with more steps.
+    """
+    return min(1.0, (step + 1) / warm_up, (steps - step) / (decay * steps))
+
+
+# --- training -------------------------------------------------------------------------
+
+
+def train_teacher(
+    out: Path,
+    steps: int = 4000,
+    learning_rate: float = 4e-3,
+    weight_decay: float = 0.1,
+    balance: float = 0.02,
+    seed: int = 0,
+    checkpoint_minutes: float = 4.0,
+) -> None:
+    """Train the demo teacher and write it, with its tokenizer, to the new folder `out`.
+
+    Each step is `BATCH` sequences of `SEQUENCE` tokens. A checkpoint beside `out`
+    (`<out>.checkpoint`) lets the same call resume after an interruption; it is removed at the end.
+    Raises UserError if `out` exists.
+    """
+    require_absent(out)
+    documents = [d for d in build_corpus() if d.split == "train"]
+    tokenizer = train_tokenizer([d.text for d in documents])
+    ids = encode(tokenizer, [d.text for d in documents])
+    say(f"teacher: {sum(map(len, ids)):,} training tokens")
+
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM._from_config(
+        teacher_config(tokenizer.eos_token_id), experts_implementation="grouped_mm"
+    ).train()
+    optimisers = make_optimisers(model, learning_rate, weight_decay)
+    routers = watch_routers(model)
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    step = 0
+    spent = 0.0  # CPU seconds of this process, over all resumed runs
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        step, spent = state["step"], state["cpu_seconds"]
+        say(f"teacher: resuming at step {step}")
+
+    start, first, saved_at, mean = time.monotonic(), step, time.monotonic(), 0.0
+    for tokens in batches(ids, seed, skip=step):
+        if step == steps:
+            break
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate * schedule(step, steps)
+        routers.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=tokens, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        unbalance = torch.stack([balance_loss(*router) for router in routers]).mean()
+        (loss + balance * unbalance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        step += 1
+        mean = loss.item() if step == first + 1 else 0.95 * mean + 0.05 * loss.item()
+        now = time.monotonic()
+        if step % 20 == 0 or step == steps:
+            pace = (now - start) / (step - first)  # seconds per step
+            say(
+                f"teacher: step {step}/{steps}, loss {mean:.3f}, balance {unbalance.item():.3f}, "
+                f"{BATCH * SEQUENCE / pace:,.0f} tokens/s, "
+                f"{pace * (steps - step) / 60:.0f} min left"
+            )
+        if now - saved_at > 60 * checkpoint_minutes and step < steps:
+            with atomic_path(checkpoint) as temporary:
+                torch.save(
+                    {
+                        "model": model.state_dict(),
+                        "optimisers": [o.state_dict() for o in optimisers],
+                        "step": step,
+                        "cpu_seconds": spent + time.process_time(),
+                    },
+                    temporary,
+                )
+            saved_at = now
+    say(f"teacher: {(spent + time.process_time()) / 3600:.2f} CPU hours")
+    save_teacher(model, tokenizer, out)
+    checkpoint.unlink(missing_ok=True)
+
+
+# --- writing and measuring ------------------------------------------------------------
+
+
+def save_teacher(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the model in bfloat16, in the hub's layout (a tensor per expert), and the tokenizer."""
+    copy = Qwen3MoeForCausalLM._from_config(model.config)
+    copy.load_state_dict(model.state_dict())
+    with atomic_path(out) as temporary:
+        copy.bfloat16().save_pretrained(temporary)
+        (temporary / "model.safetensors").chmod(0o644)
+        tokenizer.save_pretrained(temporary)
+        # transformers 5 writes names of its own, which it also reads; the hub's are understood by
+        # every version and by other software.
+        _edit(temporary / "config.json", lambda c: {"num_experts": c.pop("num_local_experts"), **c})
+        _edit(
+            temporary / "tokenizer_config.json",
+            lambda c: {
+                **{k: v for k, v in c.items() if k not in ("is_local", "local_files_only")},
+                "tokenizer_class": "PreTrainedTokenizerFast",
+            },
+        )
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    edited = change(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(edited, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def measure_teacher(
+    folder: Path, texts: Sequence[str], domains: Sequence[str], batch: int = BATCH
+) -> dict[str, Any]:
+    """Perplexity and expert usage of a saved teacher on documents, in windows of `SEQUENCE`.
+
+    Returns a dictionary of: tokens predicted; perplexity (per token; the first token of a window is
+    not predicted); bits_per_byte (the same mean loss per token, over the bytes of the documents);
+    usage [layers][E] (fraction of tokens that select the expert); usage_by_domain {domain:
+    [layers][E]}; and information [layers], the mutual information in bits between a selection's
+    expert and its token's domain (0: no specialisation by domain).
+    """
+    tokenizer = load_tokenizer(folder)
+    model = Qwen3MoeForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="grouped_mm"
+    ).eval()
+    ids = encode(tokenizer, texts)
+    names = sorted(set(domains))
+    labels = [np.full(len(d), names.index(n), np.int32) for d, n in zip(ids, domains, strict=True)]
+    tokens_NT = torch.from_numpy(windows(ids)).long()
+    domains_NT = torch.from_numpy(windows(labels)).long()
+    routers = watch_routers(model)
+    layers, experts = model.config.num_hidden_layers, model.config.num_experts
+    counts = torch.zeros(layers, len(names), experts, dtype=torch.float64)
+    loss = 0.0
+    for tokens, domain in zip(tokens_NT.split(batch), domains_NT.split(batch), strict=True):
+        routers.clear()
+        logits = model(input_ids=tokens, use_cache=False).logits
+        loss += F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+        ).item()
+        for layer, (_, selected) in enumerate(routers):
+            pairs = domain.flatten()[:, None] * experts + selected
+            counts[layer] += torch.bincount(pairs.flatten(), minlength=len(names) * experts).view(
+                len(names), experts
+            )
+    predicted = tokens_NT.numel() - len(tokens_NT)
+    tokens_per_domain = torch.bincount(domains_NT.flatten(), minlength=len(names))
+    joint = counts / counts.sum((1, 2), keepdim=True)
+    independent = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
+    bytes_per_token = sum(len(t.encode()) for t in texts) / sum(map(len, ids))
+    return {
+        "tokens": predicted,
+        "perplexity": math.exp(loss / predicted),
+        "bits_per_byte": loss / predicted / math.log(2) / bytes_per_token,
+        "usage": (counts.sum(1) / tokens_NT.numel()).tolist(),
+        "usage_by_domain": {
+            name: (counts[:, i] / tokens_per_domain[i]).tolist() for i, name in enumerate(names)
+        },
+        "information": torch.where(joint > 0, joint * (joint / independent).log2(), 0.0)
+        .sum((1, 2))
+        .tolist(),
+    }
