@@ -84,6 +84,14 @@ def family_of(model_type: str, where: str) -> Family:
 
 def expert_pattern(family: Family) -> re.Pattern[str]:
     """Matches the on-disk names of the family's routed expert tensors, and nothing else."""
-    names = (family.gate_proj, family.up_proj, family.down_proj)
-    parts = [re.escape(n).replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+") for n in names]
-    return re.compile("|".join(parts))
+    return _pattern(family.gate_proj, family.up_proj, family.down_proj)
+
+
+def dense_pattern(family: Family) -> re.Pattern[str]:
+    """Matches the on-disk names of a dense layer's FFN tensors, and nothing else."""
+    return _pattern(family.dense_gate_proj, family.dense_up_proj, family.dense_down_proj)
+
+
+def _pattern(*templates: str) -> re.Pattern[str]:
+    numbers = (re.escape(t).replace(r"\{layer\}", r"\d+") for t in templates)
+    return re.compile("|".join(n.replace(r"\{expert\}", r"\d+") for n in numbers))

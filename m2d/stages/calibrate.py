@@ -18,8 +18,8 @@ from m2d.progress import say
 from m2d.tokens import read_documents, write_tokens
 
 
-def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """--text and --dataset, of which one is given."""
+def add_text_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """--text and --dataset, of which one is given; the group, for more of the kind."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--text", nargs="+", metavar="FILE", help=".txt, .md, .jsonl or .parquet (field text)"
@@ -27,6 +27,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--dataset", metavar="NAME[:SPLIT[:COLUMN]]", help="through datasets, streamed"
     )
+    return source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

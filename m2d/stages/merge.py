@@ -1,0 +1,210 @@
+"""Merging: a teacher and a plan to a student's folder, tensor by tensor.
+
+No model is instantiated: the plan names the tensors to read, and the student's stock class (on the
+meta device) those to write.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m2d import __version__
+from m2d.artifacts import atomic_path, read_json, require_absent, sha256_of
+from m2d.choose.names import identifiers, resolve
+from m2d.choose.plan import Plan, check_keep, make_plan, plan_from_dict
+from m2d.choose.ranking import rankings_from_dict
+from m2d.errors import UserError
+from m2d.model_card import model_card
+from m2d.models.checkpoint import Checkpoint, write_checkpoint
+from m2d.models.student import StudentTensors, stored_shapes, student_config, student_width
+from m2d.models.teacher import (
+    CONFIG_MAPPING,
+    Teacher,
+    count_parameters,
+    make_skeleton,
+    open_teacher,
+    pick_dtype,
+)
+from m2d.options import DTYPES, positive
+from m2d.progress import progress, say
+from m2d.statistics import read_layers
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def build_student_skeleton(
+    teacher: Teacher, plan_width: int
+) -> tuple[dict[str, Any], torch.nn.Module]:
+    """The student's config.json and its stock class on the meta device."""
+    raw = student_config(teacher, student_width(teacher, plan_width))
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    return raw, make_skeleton(config, teacher.folder)
+
+
+def plan_width(teacher: Teacher, plan: Plan) -> int:
+    """The widest layer of the plan, in intermediate neurons."""
+    return max(layer.width(teacher.expert_width) for layer in plan.layers)
+
+
+def write_student(
+    teacher: Teacher,
+    plan: Plan,
+    out: str | Path,
+    dtype: torch.dtype | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Path:
+    """Write the student's folder: weights, config, tokenizer, plan.json, m2d.json, model card.
+
+    dtype: of the written tensors; None keeps what is on disk. `provenance` is added to m2d.json.
+    Raises UserError where `out` exists, or the teacher's files lack what the plan needs.
+    """
+    require_absent(out)
+    raw, skeleton = build_student_skeleton(teacher, plan_width(teacher, plan))
+    if dtype is not None:
+        raw = {k: v for k, v in raw.items() if k != "torch_dtype"}
+        raw["dtype"] = str(dtype).removeprefix("torch.")
+    tensors = StudentTensors(
+        teacher.family, Checkpoint(teacher.folder), stored_shapes(skeleton), dtype
+    )
+    specs = tensors.specs(plan)
+    record = describe(teacher, plan, skeleton, raw.get("dtype", raw.get("torch_dtype")))
+    record |= provenance or {}
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        bar: Iterator[str] = iter(progress(list(specs), "merging, tensors"))
+
+        def tensor(name: str) -> torch.Tensor:
+            next(bar)
+            return tensors.make(name, plan)
+
+        write_checkpoint(folder, specs, tensor)
+        next(bar, None)
+        copy_tokenizer(teacher.folder, folder)
+        write_into(folder, "config.json", raw)
+        write_into(folder, "plan.json", plan.to_dict())
+        write_into(folder, "m2d.json", record)
+        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+    return Path(out)
+
+
+def write_into(folder: Path, name: str, value: dict[str, Any]) -> None:
+    """A JSON file in a folder that is itself still temporary."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    (folder / name).write_text(text, encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's and the generation config's files, those that exist."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def describe(
+    teacher: Teacher, plan: Plan, skeleton: torch.nn.Module, dtype: str | None
+) -> dict[str, Any]:
+    """What m2d.json says: the teacher, the student and the plan in short."""
+    about = {
+        "name": teacher.name,
+        "model_type": teacher.family.model_type,
+        "license": licence_of(teacher.folder),
+        "config_sha256": sha256_of(teacher.folder / "config.json"),
+    }
+    return {
+        "m2d_version": __version__,
+        "teacher": {key: value for key, value in about.items() if value is not None},
+        "student": {
+            "architecture": teacher.family.student_architecture,
+            "parameters": count_parameters(skeleton),
+        },
+        "plan": {
+            "scoring": plan.scoring,
+            "grouping": plan.grouping,
+            "scaling": plan.scaling,
+            "keep": plan.keep,
+            "groups": len(plan.layers[0].groups),
+            "num_experts": teacher.num_experts,
+            "moe_layers": len(plan.layers),
+            "digest": plan.digest(),
+        },
+        "dtype": dtype,
+    }
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model card's front matter names, if there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
+    found = front and re.search(r"^license:\s*([\w.-]+)\s*$", front.group(1), re.M)
+    return found.group(1) if found else None
+
+
+def plan_from_files(
+    statistics: str, gram: str, ranking: str, grouping: str, scaling: str, keep: int
+) -> Plan:
+    """The plan that the statistics, a ranking and three choices determine."""
+    layers = read_layers(statistics, gram)
+    try:
+        scoring, rankings = rankings_from_dict(read_json(ranking), layers)
+    except UserError as error:
+        raise UserError(f"{ranking}: {error}") from None
+    return make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help="folder or hub id")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--plan", help="a plan.json; in place of the six options that make one")
+    parser.add_argument("--statistics", help="file from m2d stats")
+    parser.add_argument("--gram", help="file from m2d gram")
+    parser.add_argument("--ranking", help="file from m2d rank")
+    parser.add_argument("--grouping", help=f"one of {', '.join(identifiers('grouping'))}")
+    parser.add_argument("--scaling", help=f"one of {', '.join(identifiers('scaling'))}")
+    parser.add_argument("--keep", type=positive, help="experts to keep in each layer, K")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the student (default: as on disk)")
+
+
+def main(args: argparse.Namespace) -> None:
+    require_absent(args.out)
+    teacher = open_teacher(args.teacher)
+    names = ("statistics", "gram", "ranking", "grouping", "scaling", "keep")
+    given = {name: getattr(args, name) for name in names}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if args.plan and len(missing) < len(names):
+        raise UserError("--plan stands alone; leave the options that make a plan away")
+    if not args.plan and missing:
+        raise UserError(f"missing {', '.join(missing)}; or give --plan")
+    if args.plan:
+        plan = plan_from_dict(
+            read_json(args.plan),
+            num_experts=teacher.num_experts,
+            expert_width=teacher.expert_width,
+            layers=teacher.moe_layers,
+        )
+        upstream = {"plan": sha256_of(args.plan)}
+    else:
+        check_keep(args.keep, teacher.top_k, teacher.num_experts)
+        given |= {kind: resolve(kind, given[kind]) for kind in ("grouping", "scaling")}
+        plan = plan_from_files(**given)
+        upstream = {name: sha256_of(given[name]) for name in ("statistics", "gram", "ranking")}
+    dtype = pick_dtype(args.dtype, teacher.dtype) if args.dtype else None
+    write_student(teacher, plan, args.out, dtype, {"upstream_sha256": upstream})
+    say(f"{args.out}: {teacher.family.student_architecture}, plan {plan.digest()}")

@@ -1,0 +1,150 @@
+"""Perplexity of any causal LM: token-level, over non-overlapping windows.
+
+Protocol: every window of `length` tokens is scored on its own; its first token is context only, so
+length - 1 tokens are predicted; perplexity = exp(sum of negative log-likelihoods / tokens
+predicted), with log-likelihoods in float32 and their sum in float64.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from m2d.artifacts import write_json
+from m2d.errors import UserError
+from m2d.models.families import FAMILIES
+from m2d.models.stream import StreamedTeacher
+from m2d.models.teacher import locate, open_teacher, pick_device, pick_dtype, quiet, read_config
+from m2d.options import add_compute_options, positive
+from m2d.progress import progress
+from m2d.stages.calibrate import add_text_options, tokens_from
+from m2d.tokens import read_tokens
+
+PROTOCOL = "token-level, non-overlapping windows, the first token of each is not predicted"
+# Logits are widened to float32 for so many elements at a time.
+LOGITS_AT_ONCE = 2**26
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The result, with what it was measured on."""
+
+    model: str
+    perplexity: float
+    nll: float  # mean negative log-likelihood per predicted token, nats
+    n_tokens: int  # predicted tokens
+    length: int
+    sequences: int
+    protocol: str = PROTOCOL
+
+
+def nll_sum(logits: Tensor, input_ids: Tensor) -> float:
+    """Sum of negative log-likelihoods (nats) of tokens 1.. given logits [B, T, V] of ids [B, T]."""
+    predicted, targets = logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+    rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    total = 0.0
+    for part, target in zip(predicted.split(rows), targets.split(rows), strict=True):
+        losses = functional.cross_entropy(part.float(), target.to(part.device), reduction="none")
+        total += float(losses.double().sum())
+    return total
+
+
+@torch.no_grad()
+def loaded_nll(model: nn.Module, tokens: Tensor, batch: int, device: torch.device) -> float:
+    """Summed negative log-likelihood of tokens [S, T] under a model in memory."""
+    return sum(
+        nll_sum(model(ids.to(device), use_cache=False).logits, ids) for ids in tokens.split(batch)
+    )
+
+
+def streamed_nll(stream: StreamedTeacher, tokens: Tensor, batch: int) -> float:
+    """The same under a teacher that passes through memory layer by layer."""
+    hidden = stream.run(tokens, batch, title="perplexity, layers")
+    return sum(
+        nll_sum(stream.logits(ids, last, slice(None)), ids)
+        for ids, last in zip(tokens.split(batch), hidden, strict=True)
+    )
+
+
+def make_result(model: str, total: float, tokens: Tensor) -> Perplexity:
+    """Perplexity from a summed negative log-likelihood over tokens [S, T]."""
+    sequences, length = tokens.shape
+    predicted = sequences * (length - 1)
+    nll = total / predicted
+    return Perplexity(model, math.exp(nll), nll, predicted, length, sequences)
+
+
+def load_dense(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A stock causal LM in memory. No code of the folder is run, no pickle read."""
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(f"{folder}: transformers cannot load it ({reason[0]})") from None
+    return model.to(device).eval()
+
+
+def measure(
+    model: str | Path, tokens: Tensor, batch: int, dtype: str | None, device: torch.device
+) -> Perplexity:
+    """Perplexity of a model folder or hub id on tokens [S, T]."""
+    folder = locate(model)
+    _, config = read_config(folder)
+    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    chosen = pick_dtype(dtype, own)
+    if config.model_type in FAMILIES:
+        stream = StreamedTeacher(open_teacher(model), chosen, device)
+        total = streamed_nll(stream, tokens, batch)
+    else:
+        network = load_dense(folder, chosen, device)
+        parts = progress(tokens.split(batch), "perplexity, batches")
+        total = sum(loaded_nll(network, part, batch, device) for part in parts)
+    return make_result(Path(model).name, total, tokens)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or hub id, teacher or student")
+    add_text_options(parser).add_argument("--calibration", help="token file from m2d calibrate")
+    parser.add_argument("--length", type=positive, help="window, tokens (default: the file's; 2048)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--out", type=Path, help="also write it to this file, .json")
+    add_compute_options(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    _, config = read_config(locate(args.model))
+    if args.calibration:
+        tokens = read_tokens(args.calibration, config.get_text_config().vocab_size)
+        if args.length:
+            tokens = rewindow(tokens, args.length)
+    else:
+        tokens = tokens_from(args.model, args.text, args.dataset, args.length or 2048, None)
+    result = measure(args.model, tokens, args.batch, args.dtype, pick_device(args.device))
+    if args.out:
+        write_json(args.out, asdict(result))
+    if args.json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f} over {result.n_tokens} tokens "
+            f"({result.sequences} windows of {result.length}; {PROTOCOL})"
+        )
+
+
+def rewindow(tokens: Tensor, length: int) -> Tensor:
+    """tokens [S, T] cut into windows of `length`, which must divide T or be smaller."""
+    if not 2 <= length <= tokens.shape[1]:
+        raise UserError(
+            f"--length {length}: must lie between 2 and the file's length, {tokens.shape[1]}"
+        )
+    whole = tokens.shape[1] // length * length
+    return tokens[:, :whole].reshape(-1, length)
