@@ -144,4 +144,6 @@ def read_layers(statistics: str | Path, gram: str | Path) -> list[LayerStatistic
     if set(routing) != set(grams):
         raise UserError(f"{gram}: has layers {sorted(grams)}, {statistics} has {sorted(routing)}")
     top_k = int(about_routing["top_k"])
-    return [LayerStatistics(layer, top_k, routing[layer], grams[layer]) for layer in sorted(routing)]
+    return [
+        LayerStatistics(layer, top_k, routing[layer], grams[layer]) for layer in sorted(routing)
+    ]

@@ -151,7 +151,9 @@ def shard_files(folder: Path) -> list[Path]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
-            raise UserError(f"{index}: {name!r} is not the name of a safetensors file in the folder")
+            raise UserError(
+                f"{index}: {name!r} is not the name of a safetensors file in the folder"
+            )
         if not (folder / name).exists():
             raise UserError(f"{folder}: shard {name} is missing")
     return [folder / name for name in names]

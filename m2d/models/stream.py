@@ -168,4 +168,3 @@ def _require_loaded(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> N
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             raise UserError(f"{checkpoint.folder}: the checkpoint has no tensor {prefix + name!r}")
-

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2d.artifacts import read_json
 from m2d.errors import UserError
+from m2d.models.checkpoint import Checkpoint
 from m2d.models.families import Family, family_of
 
 WANTED_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
@@ -47,9 +47,8 @@ class Teacher:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The checkpoint's own dtype."""
-        dtype = self.config.dtype
-        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+        """The checkpoint's own dtype: the config's, else that of the embeddings on disk."""
+        return dtype_of(self.config, self.folder)
 
 
 def locate(model: str | Path, config_only: bool = False) -> Path:
@@ -94,7 +93,9 @@ def make_skeleton(config: PretrainedConfig, where: Path | str) -> PreTrainedMode
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
     except Exception as error:
-        raise UserError(f"{where}: transformers cannot build a causal LM from it ({error})") from None
+        raise UserError(
+            f"{where}: transformers cannot build a causal LM from it ({error})"
+        ) from None
 
 
 def open_teacher(model: str | Path, config_only: bool = False) -> Teacher:
@@ -140,6 +141,16 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(math.prod(p.shape) for p in model.parameters())
 
 
+def dtype_of(config: PretrainedConfig, folder: Path) -> torch.dtype:
+    """The dtype of a model on disk; float32, as transformers has it, where nothing says."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    with contextlib.suppress(UserError):
+        entries = Checkpoint(folder).entries.values()
+        return next(e.dtype for e in entries if e.dtype.is_floating_point and e.dtype.itemsize > 1)
+    return torch.float32
+
+
 def pick_device(device: str | None) -> torch.device:
     """The named device, or the default one: a GPU if there is one."""
     try:
@@ -158,13 +169,14 @@ def pick_dtype(dtype: str | None, default: torch.dtype) -> torch.dtype:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' advice about configs, which is not for our users."""
+    """Silence transformers' own progress and advice, which is not for our users."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        logging.enable_progress_bar()

@@ -20,7 +20,15 @@ from m2d.artifacts import write_json
 from m2d.errors import UserError
 from m2d.models.families import FAMILIES
 from m2d.models.stream import StreamedTeacher
-from m2d.models.teacher import locate, open_teacher, pick_device, pick_dtype, quiet, read_config
+from m2d.models.teacher import (
+    dtype_of,
+    locate,
+    open_teacher,
+    pick_device,
+    pick_dtype,
+    quiet,
+    read_config,
+)
 from m2d.options import add_compute_options, positive
 from m2d.progress import progress
 from m2d.stages.calibrate import add_text_options, tokens_from
@@ -99,8 +107,7 @@ def measure(
     """Perplexity of a model folder or hub id on tokens [S, T]."""
     folder = locate(model)
     _, config = read_config(folder)
-    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    chosen = pick_dtype(dtype, own)
+    chosen = pick_dtype(dtype, dtype_of(config, folder))
     if config.model_type in FAMILIES:
         stream = StreamedTeacher(open_teacher(model), chosen, device)
         total = streamed_nll(stream, tokens, batch)
@@ -114,7 +121,9 @@ def measure(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or hub id, teacher or student")
     add_text_options(parser).add_argument("--calibration", help="token file from m2d calibrate")
-    parser.add_argument("--length", type=positive, help="window, tokens (default: the file's; 2048)")
+    parser.add_argument(
+        "--length", type=positive, help="window, tokens (default: the file's; 2048)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--out", type=Path, help="also write it to this file, .json")
     add_compute_options(parser)

@@ -75,7 +75,9 @@ class RoutingTotals:
     ) -> None:
         logits = functional.linear(hidden, router.weight)  # type: ignore[arg-type]
         batch = routing_sums(self.probabilities(logits), index, weights, norms)
-        total = self.sums.setdefault(layer, {name: torch.zeros_like(v) for name, v in batch.items()})
+        total = self.sums.setdefault(
+            layer, {name: torch.zeros_like(v) for name, v in batch.items()}
+        )
         for name, value in batch.items():
             total[name] += value
 
@@ -85,7 +87,9 @@ class RoutingTotals:
             layer: RoutingStatistics(
                 n_tokens=int(sums["n_tokens"]),
                 **{
-                    name: np.asarray(value.cpu()) for name, value in sums.items() if name != "n_tokens"
+                    name: np.asarray(value.cpu())
+                    for name, value in sums.items()
+                    if name != "n_tokens"
                 },
             )
             for layer, sums in self.sums.items()

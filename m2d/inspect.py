@@ -1,0 +1,110 @@
+"""Facts of a teacher and its students, from the config alone: no weights, no tokenizer."""
+
+import argparse
+import json
+from typing import Any
+
+from m2d.models.student import student_width
+from m2d.models.teacher import Teacher, count_parameters, layers_of, open_teacher
+from m2d.options import positive
+from m2d.stages.gram import CHUNK_BYTES
+from m2d.stages.grid import paper_keeps
+from m2d.stages.merge import build_student_skeleton
+
+# The interpreter and its libraries.
+BASE_BYTES = 600_000_000
+
+
+def inspect(teacher: Teacher, sequences: int = 512, length: int = 2048) -> dict[str, Any]:
+    """Sizes of the teacher, its students, and a conversion with so many calibration tokens.
+
+    Bytes are of the checkpoint's dtype. Every student has as many groups as the router's top-k, so
+    that `student_parameters` holds for every K in `students`.
+    """
+    item = teacher.dtype.itemsize
+    layer_bytes = max(count_parameters(layer) for layer in layers_of(teacher.skeleton)) * item
+    total = count_parameters(teacher.skeleton)
+    keeps = paper_keeps(teacher.top_k, teacher.num_experts)
+    students = [student_row(teacher, teacher.top_k, keep) for keep in keeps]
+    activations = sequences * length * teacher.config.hidden_size * item
+    trunk = total * item - sum(
+        count_parameters(layer) * item for layer in layers_of(teacher.skeleton)
+    )
+    return {
+        "family": teacher.family.model_type,
+        "num_layers": int(teacher.config.num_hidden_layers),
+        "num_moe_layers": len(teacher.moe_layers),
+        "num_experts": teacher.num_experts,
+        "top_k": teacher.top_k,
+        "expert_width": teacher.expert_width,
+        "hidden_size": int(teacher.config.hidden_size),
+        "vocab_size": int(teacher.config.vocab_size),
+        "dtype": str(teacher.dtype).removeprefix("torch."),
+        "teacher_parameters": total,
+        "student_architecture": teacher.family.student_architecture,
+        "student_parameters": students[0]["parameters"],
+        "students": students,
+        "conversion": {
+            "calibration_tokens": sequences * length,
+            "read_bytes": total * item + students[0]["parameters"] * item,
+            "write_bytes": students[0]["parameters"] * item,
+            "memory_bytes": BASE_BYTES + 2 * layer_bytes + trunk + activations + 2 * CHUNK_BYTES,
+        },
+    }
+
+
+def student_row(teacher: Teacher, groups: int, keep: int) -> dict[str, Any]:
+    """One line of `students`."""
+    width = groups * teacher.expert_width
+    _, skeleton = build_student_skeleton(teacher, width)
+    return {
+        "keep": keep,
+        "groups": groups,
+        "intermediate_size": student_width(teacher, width),
+        "parameters": count_parameters(skeleton),
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The same, to read."""
+    work = facts["conversion"]
+    lines = [
+        f"family               {facts['family']}",
+        f"layers               {facts['num_layers']}, {facts['num_moe_layers']} with experts",
+        f"experts              {facts['num_experts']} of width {facts['expert_width']}, "
+        f"top-{facts['top_k']}",
+        f"teacher parameters   {facts['teacher_parameters']:,}",
+        f"student              {facts['student_architecture']}",
+        "     K  groups  intermediate size   parameters",
+        *(
+            f"  {row['keep']:4d}  {row['groups']:6d}  {row['intermediate_size']:17d}"
+            f"   {row['parameters']:,}"
+            for row in facts["students"]
+        ),
+        f"a conversion with {work['calibration_tokens']:,} calibration tokens",
+        f"  reads              {size(work['read_bytes'])} (the teacher once, the kept experts again)",
+        f"  writes             {size(work['write_bytes'])}",
+        f"  needs in memory    {size(work['memory_bytes'])} (two layers, activations, a chunk)",
+    ]
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes to read: 61.1 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help="folder, config.json or hub id")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--sequences", type=positive, default=512, help="of calibration")
+    parser.add_argument("--length", type=positive, default=2048, help="tokens each")
+
+
+def main(args: argparse.Namespace) -> None:
+    facts = inspect(open_teacher(args.teacher, config_only=True), args.sequences, args.length)
+    print(json.dumps(facts, indent=1) if args.json else as_text(facts))
