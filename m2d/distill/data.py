@@ -7,10 +7,13 @@ documents follow one another, each closed by the end-of-sequence token, and are 
 
 import itertools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import Dataset
 
 from m2d.errors import UserError
 
@@ -64,3 +67,75 @@ def pack_tokens(
             f"give more text, or fewer or shorter sequences"
         )
     return torch.from_numpy(np.stack(rows))
+
+
+class PackedTokens(Dataset):
+    """The packed sequences in training order: every epoch is a fresh permutation of all rows.
+
+    Item i is a pure function of the file, the seed and i, and item i belongs to step
+    i // (sequences a step), whatever the number of processes; so a step number is an exact
+    position in the data. Rows are read from a memory map.
+    """
+
+    def __init__(self, path: str | Path, seed: int, items: int | None = None) -> None:
+        """Open a token file for `items` items (default: one epoch).
+
+        Raises:
+            UserError: the file is missing, not safetensors, or has no 2-D integer `input_ids`.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such file; make one with m2d calibrate")
+        try:
+            with safe_open(self.path, "np") as file:
+                kept = file.get_slice("input_ids")
+                shape, dtype = kept.get_shape(), kept.get_dtype()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable token file ({error})") from None
+        if len(shape) != 2 or min(shape) < 1 or dtype not in ("I64", "I32", "U32", "U16"):
+            raise UserError(
+                f"{path}: input_ids is {dtype} {shape}; whole numbers of shape "
+                "[sequences, length] are expected"
+            )
+        self.sequences, self.length = shape
+        self.seed = seed
+        self.items = items if items is not None else self.sequences
+        self._rows: Any = None
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def rows(self) -> Any:
+        """The memory-mapped `input_ids`; opened on first use, so that workers open their own."""
+        if self._rows is None:
+            self._rows = safe_open(self.path, "np").get_slice("input_ids")
+        return self._rows
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise a UserError if any token id lies outside [0, vocab_size)."""
+        for start in range(0, self.sequences, 4096):
+            part = self.rows()[start : min(start + 4096, self.sequences)]
+            low, high = int(part.min()), int(part.max())
+            if low < 0 or high >= vocab_size:
+                raise UserError(
+                    f"{self.path}: token id {low if low < 0 else high} is outside the model's "
+                    f"vocabulary of {vocab_size}; was it made with another tokenizer?"
+                )
+
+    def row_of(self, item: int) -> int:
+        """The row of the file that item `item` is."""
+        epoch, place = divmod(item, self.sequences)
+        if self._order is None or self._order[0] != epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            self._order = (epoch, generator.permutation(self.sequences))
+        return int(self._order[1][place])
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        """{"input_ids": int64 [length], "row": int64 []}."""
+        row = self.row_of(item)
+        ids = self.rows()[row : row + 1][0].astype(np.int64)
+        return {"input_ids": torch.from_numpy(ids), "row": torch.tensor(row)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": None}

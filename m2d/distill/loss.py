@@ -1,0 +1,245 @@
+"""Divergence between teacher and student, from hidden states, without full logits.
+
+The output head is applied to a chunk of tokens at a time, and the gradients are computed in the
+same pass, so that no [T, V] tensor of the teacher or of the student ever exists: only [C, V].
+
+Shape suffixes: T tokens (batch and sequence flattened), C tokens of one chunk, H hidden size (the
+student's and the teacher's may differ), V vocabulary. z are logits, p the teacher's probabilities,
+q the student's.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Logits of one chunk: large enough for the matrix products to run at full speed, small enough
+# that a handful of such float32 tensors fit (128 MB each on an accelerator, 32 MB on a CPU, whose
+# caches are small). Measured by benchmarks/loss_memory.py.
+CHUNK_ELEMENTS = {"cpu": 2**23, "other": 2**25}
+SMALLEST_CHUNK = 256
+
+
+class Head(NamedTuple):
+    """What turns final hidden states into logits: softcap(x @ weight.T + bias), on x * multiplier.
+
+    Attributes:
+        weight_VH: the output embedding.
+        bias_V: its bias, or None.
+        multiplier: Granite divides its logits, Cohere multiplies them; 1 for most models.
+        softcap: Gemma's final cap, z = softcap * tanh(z / softcap); None for most models.
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        """float32 logits [C, V] of hidden states, multiplied in the dtype of `hidden_CH`."""
+        weight_VH = self.weight_VH.to(hidden_CH.dtype)
+        z_CV = torch.mm(hidden_CH, weight_VH.t()).float()
+        if self.bias_V is not None:
+            z_CV += self.bias_V
+        if self.multiplier != 1.0:
+            z_CV *= self.multiplier
+        if self.softcap is not None:
+            z_CV = z_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z_CV
+
+
+# Each divergence takes float32 logits of student and teacher, [C, V], already divided by the
+# temperature, and gives its sum over the chunk and its gradient by the student's logits. It may
+# overwrite its arguments.
+
+
+def forward_kl(z_student_CV: Tensor, z_teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) = sum_v p (log p - log q); gradient q - p. The paper's loss."""
+    log_q = torch.log_softmax(z_student_CV, -1)
+    log_p = torch.log_softmax(z_teacher_CV, -1)
+    p = log_p.exp()
+    loss = log_p.sub_(log_q).mul_(p).sum()
+    return loss, log_q.exp_().sub_(p)
+
+
+def reverse_kl(z_student_CV: Tensor, z_teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p) = sum_v q (log q - log p); gradient q (log q - log p - KL)."""
+    log_q = torch.log_softmax(z_student_CV, -1)
+    difference = log_q - torch.log_softmax(z_teacher_CV, -1)
+    q = log_q.exp_()
+    kl_C1 = (q * difference).sum(-1, keepdim=True)
+    return kl_C1.sum(), difference.sub_(kl_C1).mul_(q)
+
+
+def jensen_shannon(z_student_CV: Tensor, z_teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; gradient q (log q/m - KL(q || m)) / 2."""
+    log_q = torch.log_softmax(z_student_CV, -1)
+    log_p = torch.log_softmax(z_teacher_CV, -1)
+    log_m = torch.logaddexp(log_p, log_q).sub_(torch.log(torch.tensor(2.0)))
+    p, q = log_p.exp(), log_q.exp()
+    log_q_over_m = log_q.sub_(log_m)
+    kl_q_C1 = (q * log_q_over_m).sum(-1, keepdim=True)
+    loss = 0.5 * (log_p.sub_(log_m).mul_(p).sum() + kl_q_C1.sum())
+    return loss, log_q_over_m.sub_(kl_q_C1).mul_(q).mul_(0.5)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+}
+
+
+def cross_entropy(z_student_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+    """-log q(label), summed over the tokens whose label is not negative; gradient q - onehot."""
+    counted_C1 = (labels_C >= 0).unsqueeze(-1)
+    labels_C1 = labels_C.clamp(min=0).unsqueeze(-1)
+    log_q = torch.log_softmax(z_student_CV, -1)
+    loss = -(log_q.gather(-1, labels_C1) * counted_C1).sum()
+    gradient = log_q.exp_()
+    gradient.scatter_add_(-1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=gradient.dtype))
+    return loss, gradient.mul_(counted_C1)
+
+
+def default_chunk(vocabulary: int, device: torch.device) -> int:
+    """Tokens of one chunk."""
+    elements = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"]
+    return max(SMALLEST_CHUNK, elements // vocabulary)
+
+
+def distillation_loss(
+    student_TH: Tensor,
+    student_head: Head,
+    teacher_TH: Tensor,
+    teacher_head: Head,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    labels_T: Tensor | None = None,
+    cross_entropy_weight: float = 0.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Sum over tokens of the divergence between the teacher's and the student's distributions.
+
+    Equal to the direct formula on full logits to float32 rounding. With identical student and
+    teacher (same hidden states and heads, to the bit) the loss and its gradient are exactly 0.
+    Divide by the number of tokens of the whole batch for the mean.
+
+    Args:
+        student_TH, teacher_TH: final hidden states, after the last norm. The teacher's logits are
+            computed in the dtype of `teacher_TH`; the student's in the autocast dtype, or else in
+            that of `student_TH`; everything after them is float32.
+        divergence: a name in DIVERGENCES.
+        temperature: both logits are divided by it, and the divergence multiplied by its square,
+            which keeps the gradient's size (Hinton et al. 2015).
+        labels_T: next tokens, int64, negative where there is none; for the cross-entropy.
+        cross_entropy_weight: w in (1 - w) * divergence + w * cross-entropy. The cross-entropy is
+            averaged over the labelled tokens alone, then counted for every token.
+        chunk: tokens at a time (default: `default_chunk`).
+
+    Returns:
+        float32 scalar; differentiable once, by `student_TH` and the student's head.
+    """
+    if not 0 <= cross_entropy_weight <= 1 or (cross_entropy_weight and labels_T is None):
+        raise ValueError("cross_entropy_weight is between 0 and 1, and needs labels")
+    device = student_TH.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    else:
+        dtype = student_TH.dtype
+    chunk = chunk or default_chunk(student_head.weight_VH.shape[0], device)
+    measure = DIVERGENCES[divergence]
+    label_weight = 0.0
+    if labels_T is not None and cross_entropy_weight:
+        labelled = int((labels_T >= 0).sum())
+        label_weight = cross_entropy_weight * len(labels_T) / max(labelled, 1)
+
+    def loss_of_chunk(z_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        ce = None
+        if label_weight and labels_T is not None:
+            ce = cross_entropy(z_CV, labels_T[rows])
+        t_CV = teacher_head.logits(teacher_TH[rows])
+        if temperature != 1.0:
+            z_CV = z_CV / temperature
+            t_CV /= temperature
+        loss, gradient = measure(z_CV, t_CV)
+        if temperature != 1.0:
+            loss, gradient = loss * temperature**2, gradient.mul_(temperature)
+        if ce is not None:
+            rest = 1 - cross_entropy_weight
+            loss = loss * rest + ce[0] * label_weight
+            gradient = gradient.mul_(rest).add_(ce[1], alpha=label_weight)
+        return loss, gradient
+
+    return ChunkedHead.apply(
+        student_TH,
+        student_head.weight_VH,
+        student_head.bias_V,
+        student_head,
+        loss_of_chunk,
+        dtype,
+        chunk,
+    )
+
+
+class ChunkedHead(torch.autograd.Function):
+    """Applies a head and a loss of its logits by chunks of tokens, with gradients on the way.
+
+    The gradients of the summed loss are computed in forward and only multiplied in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        loss_of_chunk: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+        dtype: torch.dtype,
+        chunk: int,
+    ) -> Tensor:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        hidden_grad_TH = torch.empty_like(hidden_TH) if needs_hidden else None
+        # float32 whatever the weights' dtype: many chunks are summed.
+        weight_grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
+        bias_grad_V = None
+        if bias_V is not None and needs_bias:
+            bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
+        with torch.autocast(hidden_TH.device.type, enabled=False):
+            cast_VH = weight_VH.to(dtype)
+            head = head._replace(weight_VH=cast_VH)
+            for start in range(0, len(hidden_TH), chunk):
+                rows = slice(start, min(start + chunk, len(hidden_TH)))
+                hidden_CH = hidden_TH[rows].to(dtype)
+                z_CV = head.logits(hidden_CH)
+                slope_CV = None if head.softcap is None else 1 - (z_CV / head.softcap).square()
+                loss, gradient_CV = loss_of_chunk(z_CV, rows)
+                total += loss
+                if slope_CV is not None:
+                    gradient_CV.mul_(slope_CV)
+                if head.multiplier != 1.0:
+                    gradient_CV.mul_(head.multiplier)
+                if bias_grad_V is not None:
+                    bias_grad_V += gradient_CV.sum(0)
+                gradient_CV = gradient_CV.to(dtype)
+                if hidden_grad_TH is not None:
+                    hidden_grad_TH[rows] = gradient_CV @ cast_VH
+                if weight_grad_VH is not None:
+                    if dtype == torch.float32:
+                        weight_grad_VH.addmm_(gradient_CV.t(), hidden_CH)
+                    else:
+                        weight_grad_VH += gradient_CV.t() @ hidden_CH
+        if weight_grad_VH is not None:
+            weight_grad_VH = weight_grad_VH.to(weight_VH.dtype)
+        ctx.save_for_backward(hidden_grad_TH, weight_grad_VH, bias_grad_V)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: the saved tensors are this node's own, and are used once.
+        gradients = (None if g is None else g.mul_(grad_output) for g in ctx.saved_tensors)
+        return (*gradients, None, None, None, None)

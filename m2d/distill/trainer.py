@@ -1,0 +1,311 @@
+"""Distillation by transformers' Trainer: one process, DDP, or DeepSpeed ZeRO-2 and ZeRO-3.
+
+The loss is the sum over a micro-batch divided by the tokens of the whole step, so that one
+process, gradient accumulation and several processes give the same gradients.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from m2d.artifacts import flush_to_disk, fsync
+from m2d.distill.data import PackedTokens
+from m2d.distill.loss import Head, distillation_loss
+from m2d.errors import UserError
+
+STRATEGIES = ("auto", "single", "ddp", "zero2", "zero3")
+KEPT_CHECKPOINTS = 2
+WEIGHTS = "student.pt"
+
+# config keys by which families change their logits after the output embedding
+DIVISORS = ("logits_scaling",)  # Granite
+FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
+SOFTCAPS = ("final_logit_softcapping",)  # Gemma
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What determines the weights that come out, besides the student, the teacher and the tokens.
+
+    `batch` is the sequences of one step over all processes and accumulation together; the rest
+    is named as on the command line (m2d/stages/distill.py), where the defaults are explained.
+    """
+
+    steps: int
+    batch: int
+    device_batch: int
+    learning_rate: float
+    min_learning_rate: float
+    warmup_steps: int
+    decay_steps: int
+    decay: str
+    weight_decay: float
+    max_grad_norm: float
+    loss: str
+    temperature: float
+    cross_entropy_weight: float
+    teacher_top_k: int | None
+    teacher_dtype: str | None
+    precision: str
+    gradient_checkpointing: bool
+    compile: bool
+    strategy: str
+    processes: int
+    seed: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that a process sums up before each step."""
+        return self.batch // (self.device_batch * self.processes)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output head of a causal LM, with what its config does to the logits."""
+    output = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    multiplier = 1.0
+    for key in DIVISORS:
+        multiplier /= getattr(config, key, None) or 1.0
+    for key in FACTORS:
+        multiplier *= getattr(config, key, None) or 1.0
+    softcap = next((getattr(config, key) for key in SOFTCAPS if getattr(config, key, None)), None)
+    return Head(output.weight, getattr(output, "bias", None), multiplier, softcap)
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Hidden states after the last norm, [batch, length, H]."""
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, input_ids: Tensor, name: str) -> None:
+    """Raise a UserError unless `head_of` gives the logits that the model itself gives.
+
+    Families differ in what they do after the output embedding; one that is not known here must
+    not be distilled with wrong logits.
+    """
+    ids = input_ids.to(model.device)
+    own = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
+    ours = head_of(model).logits(hidden_states(model, ids).flatten(0, 1))
+    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
+    if not torch.allclose(ours, own, rtol=0, atol=tolerance * float(own.abs().max())):
+        raise UserError(
+            f"{name}: its logits are not its last hidden states times its output embedding "
+            f"({type(model).__name__} changes them in a way that m2d does not know)"
+        )
+
+
+class StudentLoss(nn.Module):
+    """The student and its loss in one forward, as DDP and ZeRO need it.
+
+    ZeRO-3 gathers the parameters that are read inside the forward of the module it wraps, so the
+    output head must be used here and not in the trainer.
+    """
+
+    def __init__(self, student: PreTrainedModel, recipe: Recipe) -> None:
+        super().__init__()
+        self.student = student
+        self.recipe = recipe
+
+    def forward(self, input_ids: Tensor, teacher_BLH: Tensor, teacher_head: Head) -> Tensor:
+        """Summed loss over the micro-batch, float32 scalar."""
+        student_BLH = hidden_states(self.student, input_ids)
+        labels = None
+        if self.recipe.cross_entropy_weight:
+            labels = torch.full_like(input_ids, -100)
+            labels[:, :-1] = input_ids[:, 1:]
+        return distillation_loss(
+            student_BLH.flatten(0, 1),
+            head_of(self.student),
+            teacher_BLH.flatten(0, 1),
+            teacher_head,
+            divergence=self.recipe.loss,
+            temperature=self.recipe.temperature,
+            labels_T=None if labels is None else labels.flatten(),
+            cross_entropy_weight=self.recipe.cross_entropy_weight,
+        )
+
+
+class DistillationTrainer(Trainer):
+    """Trainer whose loss compares the student with a frozen teacher.
+
+    Checkpoints appear under their final name only when complete; the last two are kept.
+    """
+
+    # The loss is divided by the tokens of the whole step already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, model: StudentLoss, *, teacher: PreTrainedModel, recipe: Recipe, **kwargs: Any
+    ) -> None:
+        super().__init__(model, **kwargs)
+        self.student_loss = model  # self.model may be wrapped
+        self.teacher = teacher
+        self.recipe = recipe
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This process's share of the step's mean loss, times the number of processes.
+
+        DDP and DeepSpeed average the gradients over processes, hence the factor.
+        """
+        ids = inputs["input_ids"]
+        with torch.no_grad():
+            teacher_BLH = hidden_states(self.teacher, ids.to(self.teacher.device)).to(ids.device)
+            teacher_head = head_of(self.teacher)
+        loss = model(ids, teacher_BLH, teacher_head)
+        tokens = self.recipe.batch * ids.shape[1]
+        loss = loss / tokens * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0
+
+    # ---- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return f"{self.args.output_dir}/.partial"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        work = Path(str(self.args.output_dir))
+        name = f"checkpoint-{self.state.global_step}"
+        partial = work / ".partial"
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / name).mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            flush_to_disk(partial / name)
+            shutil.rmtree(work / name, ignore_errors=True)
+            (partial / name).rename(work / name)
+            fsync(work)
+            for old in checkpoints_in(work)[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights for resuming. DeepSpeed's own checkpoint holds them already."""
+        if not self.is_deepspeed_enabled and self.args.should_save and output_dir:
+            torch.save(self.student_loss.state_dict(), Path(output_dir) / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        weights = torch.load(
+            Path(resume_from_checkpoint) / WEIGHTS, map_location="cpu", weights_only=True
+        )
+        self.student_loss.load_state_dict(weights)
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The student's weights, gathered; called by every process, complete on the first one."""
+        if self.is_deepspeed_enabled:
+            state = self.accelerator.get_state_dict(self.deepspeed)
+        else:
+            state = self.student_loss.state_dict()
+        return {name.removeprefix("student."): value for name, value in (state or {}).items()}
+
+
+def checkpoints_in(work: Path) -> list[Path]:
+    """The complete checkpoints of a work folder, oldest first."""
+    return sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+
+
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    """DeepSpeed's settings. No optimizer and no scheduler: Trainer supplies torch's own AdamW."""
+    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "steps_per_print": 10**9,
+    }
+
+
+def training_arguments(recipe: Recipe, work: Path, device: torch.device) -> TrainingArguments:
+    """The Trainer's settings of a recipe; `work` takes the checkpoints."""
+    stage = {"zero2": 2, "zero3": 3}.get(recipe.strategy)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.device_batch,
+        gradient_accumulation_steps=recipe.accumulation,
+        optim="adamw_torch",
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={
+            "num_decay_steps": recipe.decay_steps,
+            "decay_type": recipe.decay,
+            "min_lr_ratio": recipe.min_learning_rate / recipe.learning_rate,
+        },
+        warmup_steps=recipe.warmup_steps,
+        bf16=recipe.precision == "bf16",
+        seed=recipe.seed,
+        train_sampling_strategy="sequential",  # PackedTokens is in training order already
+        save_strategy=SaveStrategy.NO,  # m2d.distill.watch says when
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type != "cpu",
+        use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        deepspeed=deepspeed_config(stage) if stage else None,
+    )
+    # One process drives one device, also where it sees several: never torch's DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def make_trainer(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokens: PackedTokens,
+    recipe: Recipe,
+    work: Path,
+    callbacks: list[Any],
+) -> DistillationTrainer:
+    """A trainer that is ready to run. `student` is float32, `teacher` in its own dtype."""
+    teacher.eval().requires_grad_(False)
+    student.train()
+    if recipe.gradient_checkpointing:
+        student.activation_checkpointing_enable({"use_reentrant": False})
+    if recipe.compile:
+        student.base_model.compile()
+        teacher.base_model.compile()
+    trainer = DistillationTrainer(
+        model=StudentLoss(student, recipe),
+        args=training_arguments(recipe, work, teacher.device),
+        data_collator=collate,
+        train_dataset=tokens,
+        callbacks=callbacks,
+        teacher=teacher,
+        recipe=recipe,
+    )
+    trainer.remove_callback(PrinterCallback)  # m2d.distill.watch shows the progress
+    return trainer

@@ -1,0 +1,366 @@
+"""Distillation: train a student on its teacher's distributions over packed tokens.
+
+By hand on one process (`m2d distill ...`), or on several with
+`torchrun --nproc-per-node N -m m2d.cli distill ...`. A run that is stopped, killed or requeued
+goes on from its last checkpoint when the same command is given again.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from m2d.artifacts import require_absent, write_json
+from m2d.errors import UserError
+from m2d.options import DTYPES, positive
+from m2d.progress import say
+
+# Per the paper: 4 sequences a device, accumulation 24, 4 GPUs; 100 + 300 of 3000 steps.
+BATCH = 384
+WARMUP_SHARE, DECAY_SHARE = 30, 10
+
+
+def number(low: float, high: float = float("inf")) -> Any:
+    """An argparse type: a number in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            bound = f"of at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
+        return value
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("student", type=Path, help="the student's folder")
+    parser.add_argument("teacher", help="folder or hub id")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--tokens", type=Path, required=True, help="token file from m2d calibrate")
+    steps = parser.add_argument_group("steps")
+    steps.add_argument("--steps", type=positive, help="(default: one pass over the tokens)")
+    steps.add_argument(
+        "--batch",
+        type=positive,
+        default=BATCH,
+        help=f"sequences of a step, all processes ({BATCH})",
+    )
+    steps.add_argument(
+        "--device-batch", type=positive, default=4, help="sequences at a time on one device (4)"
+    )
+    optimizer = parser.add_argument_group("optimizer (AdamW, warmup-stable-decay)")
+    optimizer.add_argument("--learning-rate", type=number(1e-12), default=1e-4, help="(1e-4)")
+    optimizer.add_argument(
+        "--min-learning-rate", type=number(0), help="start and end (default: a tenth)"
+    )
+    optimizer.add_argument(
+        "--warmup-steps", type=number(0), help="(default: a thirtieth of the steps)"
+    )
+    optimizer.add_argument("--decay-steps", type=number(0), help="(default: a tenth of the steps)")
+    optimizer.add_argument(
+        "--decay", choices=("linear", "cosine", "1-sqrt"), default="linear", help="(linear)"
+    )
+    optimizer.add_argument("--weight-decay", type=number(0), default=0.0, help="(0)")
+    optimizer.add_argument(
+        "--max-grad-norm", type=number(0), default=1.0, help="0: no clipping (1)"
+    )
+    loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--loss",
+        choices=("forward_kl", "reverse_kl", "jensen_shannon"),
+        default="forward_kl",
+        help="(forward_kl)",
+    )
+    loss.add_argument("--temperature", type=number(1e-3), default=1.0, help="(1)")
+    loss.add_argument(
+        "--cross-entropy-weight",
+        type=number(0, 1),
+        default=0.0,
+        help="share of next-token loss (0)",
+    )
+    loss.add_argument(
+        "--teacher-top-k", type=positive, help="experts per token in the teacher (default: its own)"
+    )
+    compute = parser.add_argument_group("compute")
+    compute.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="of the student's steps (bf16)",
+    )
+    compute.add_argument("--teacher-dtype", choices=DTYPES, help="(default: the checkpoint's)")
+    compute.add_argument("--device", help="(default: a GPU for each process if there is one)")
+    compute.add_argument(
+        "--strategy",
+        choices=("auto", "ddp", "zero2", "zero3"),
+        default="auto",
+        help="with several processes (auto: DeepSpeed ZeRO-2)",
+    )
+    compute.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory, slower"
+    )
+    compute.add_argument("--compile", action="store_true", help="torch.compile both models")
+    compute.add_argument("--seed", type=int, default=0, help="order of the tokens (0)")
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--checkpoint-minutes", type=number(0), default=15.0, help="between checkpoints (15)"
+    )
+    run.add_argument("--tensorboard", type=Path, help="folder for TensorBoard's event files")
+
+
+def start_processes(strategy: str, device: str | None) -> tuple[str, Any]:
+    """Join the other processes, if there are any. Returns the strategy in use and the device."""
+    import torch
+
+    from m2d.models.teacher import pick_device
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if strategy == "auto":
+        strategy = "zero2" if processes > 1 else "single"
+    elif strategy == "ddp" and processes == 1:
+        strategy = "single"
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    if strategy in ("zero2", "zero3"):
+        if processes == 1:  # DeepSpeed wants a group also for one process
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            for key, value in {**alone, "MASTER_PORT": str(free_port())}.items():
+                os.environ.setdefault(key, value)
+        start_deepspeed(backend)
+    elif processes > 1:
+        torch.distributed.init_process_group(backend)
+    return strategy, chosen
+
+
+def start_deepspeed(backend: str) -> None:
+    """DeepSpeed's process group, without its shared-memory extension on CPUs.
+
+    That extension takes a minute to build, needs a compiler, and gives the same losses.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if backend == "gloo" else "cuda")
+    import logging
+
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def make_recipe(args: argparse.Namespace, strategy: str, sequences: int) -> Any:
+    """The recipe of the command line; `sequences` are those of the token file."""
+    from m2d.distill.trainer import Recipe
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.batch % (args.device_batch * processes):
+        raise UserError(
+            f"--batch {args.batch}: must be a multiple of --device-batch {args.device_batch} "
+            f"times {processes} process{'es' * (processes > 1)}"
+        )
+    steps = args.steps or sequences // args.batch
+    if not steps:
+        raise UserError(
+            f"{args.tokens}: its {sequences} sequences do not fill one step of --batch "
+            f"{args.batch}; give more tokens, a smaller --batch, or --steps"
+        )
+    warmup = int(steps // WARMUP_SHARE if args.warmup_steps is None else args.warmup_steps)
+    decay = int(steps // DECAY_SHARE if args.decay_steps is None else args.decay_steps)
+    if warmup + decay > steps:
+        raise UserError(
+            f"--warmup-steps {warmup} and --decay-steps {decay} are more than the {steps} steps"
+        )
+    floor = args.learning_rate / 10 if args.min_learning_rate is None else args.min_learning_rate
+    if floor > args.learning_rate:
+        raise UserError(
+            f"--min-learning-rate {floor:g}: is above --learning-rate {args.learning_rate:g}"
+        )
+    return Recipe(
+        steps=steps,
+        batch=args.batch,
+        device_batch=args.device_batch,
+        learning_rate=args.learning_rate,
+        min_learning_rate=floor,
+        warmup_steps=warmup,
+        decay_steps=decay,
+        decay=args.decay,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        loss=args.loss,
+        temperature=args.temperature,
+        cross_entropy_weight=args.cross_entropy_weight,
+        teacher_top_k=args.teacher_top_k,
+        teacher_dtype=args.teacher_dtype,
+        precision=args.precision,
+        gradient_checkpointing=args.gradient_checkpointing,
+        compile=args.compile,
+        strategy=strategy,
+        processes=processes,
+        seed=args.seed,
+    )
+
+
+def expand_routing(config: Any, top_k: int, where: Path) -> None:
+    """Raise the number of experts per token in a teacher's config, in place."""
+    from m2d.models.families import family_of
+
+    family = family_of(config.model_type, str(where / "config.json"))
+    own, experts = getattr(config, family.top_k), getattr(config, family.num_experts)
+    if not own <= top_k <= experts:
+        raise UserError(
+            f"--teacher-top-k {top_k}: must lie between the teacher's own {own} and its {experts} "
+            "experts"
+        )
+    setattr(config, family.top_k, top_k)
+
+
+def load_model(folder: Path, config: Any, dtype: Any, device: Any) -> Any:
+    """A stock causal LM on `device`. No code of the folder is run, no pickle read."""
+    from transformers import AutoModelForCausalLM
+
+    from m2d.models.teacher import quiet
+
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{folder}: transformers cannot load it ({reason[0]})") from None
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        run(args)
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None  # the first process says it
+        raise
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole stage, in every process."""
+    import torch
+    from transformers.utils import logging
+
+    from m2d.distill.data import PackedTokens
+    from m2d.models.teacher import locate, pick_dtype, quiet, read_config
+
+    require_absent(args.out)
+    logging.disable_progress_bar()  # of loading and saving: seconds, and not ours
+    student_folder, teacher_folder = locate(args.student), locate(args.teacher)
+    _, student_config = read_config(student_folder)
+    _, teacher_config = read_config(teacher_folder)
+    vocabularies = [c.get_text_config().vocab_size for c in (student_config, teacher_config)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"{args.student}: its vocabulary has {vocabularies[0]} tokens and the teacher's "
+            f"{vocabularies[1]}; the two must share a tokenizer"
+        )
+    if args.teacher_top_k:
+        expand_routing(teacher_config, args.teacher_top_k, teacher_folder)
+    tokens = PackedTokens(args.tokens, args.seed)
+    strategy, device = start_processes(args.strategy, args.device)
+    recipe = make_recipe(args, strategy, tokens.sequences)
+    tokens.items = recipe.steps * recipe.batch
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        tokens.check_vocabulary(vocabularies[0])
+
+    from m2d.distill import result, trainer, watch
+
+    identity = watch.broadcast(
+        lambda: result.identity(recipe, student_folder, teacher_folder, args.tokens)
+    )
+    work = result.work_folder(args.out, identity)
+    own_dtype = student_config.dtype
+    own_dtype = own_dtype if isinstance(own_dtype, torch.dtype) else torch.float32
+    teacher_dtype = teacher_config.dtype
+    teacher_dtype = teacher_dtype if isinstance(teacher_dtype, torch.dtype) else torch.float32
+    teacher = load_model(
+        teacher_folder, teacher_config, pick_dtype(args.teacher_dtype, teacher_dtype), device
+    )
+    student = load_model(student_folder, student_config, torch.float32, device)
+    sample = tokens[0]["input_ids"][None, :16]
+    trainer.check_head(teacher, sample, args.teacher)
+    trainer.check_head(student, sample, str(args.student))
+
+    checkpoints = trainer.checkpoints_in(work) if work.is_dir() else []
+    if first:
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(work / "run.json", identity)
+        announce(args, recipe, tokens.length, work, checkpoints, result.other_work(args.out, work))
+    with watch.StopRequest() as stop, quiet():
+        watcher = watch.Watch(
+            work / "metrics.jsonl",
+            args.tensorboard,
+            args.checkpoint_minutes,
+            recipe.batch * tokens.length,
+            stop,
+        )
+        training = trainer.make_trainer(student, teacher, tokens, recipe, work, [watcher])
+        training.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        if watcher.stopped:
+            if first:
+                say(
+                    f"distill: stopped at step {training.state.global_step} of {recipe.steps}, "
+                    "with a checkpoint; the same command goes on from there"
+                )
+            raise SystemExit(watch.EXIT_STOPPED)
+        weights = training.trained_weights()
+    if first:
+        record = result.record_of(
+            student_folder, Path(args.teacher).name, teacher_config, recipe, identity, args.tokens
+        )
+        metrics = work / "metrics.jsonl"
+        result.save_result(args.out, student_folder, student, weights, own_dtype, metrics, record)
+        for folder in [work, *result.other_work(args.out, work)]:
+            shutil.rmtree(folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def announce(
+    args: argparse.Namespace,
+    recipe: Any,
+    length: int,
+    work: Path,
+    checkpoints: list[Path],
+    others: list[Path],
+) -> None:
+    """Say what will be done, and whether it begins or goes on."""
+    say(
+        f"distill: {recipe.steps} steps of {recipe.batch} x {length} tokens "
+        f"({recipe.strategy}, {recipe.processes} process{'es' * (recipe.processes > 1)}, "
+        f"accumulation {recipe.accumulation}, {recipe.precision})"
+    )
+    if checkpoints:
+        say(f"distill: going on from {checkpoints[-1].name} in {work}")
+    elif others:
+        say(
+            f"distill: beginning anew; {others[0]} is of a run with other arguments, and goes "
+            "when this one is complete"
+        )
