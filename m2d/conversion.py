@@ -1,7 +1,6 @@
 """One call from teacher to student: calibrate, score, choose, merge."""
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from m2d.choose.scoring import SCORINGS
 from m2d.errors import UserError
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher, pick_device, pick_dtype
-from m2d.options import DTYPES, add_compute_options, positive
+from m2d.options import add_compute_options, positive
 from m2d.progress import say
 from m2d.stages.calibrate import add_text_options, tokens_from
 from m2d.stages.gram import GramTotals

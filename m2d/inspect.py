@@ -82,7 +82,7 @@ def as_text(facts: dict[str, Any]) -> str:
             for row in facts["students"]
         ),
         f"a conversion with {work['calibration_tokens']:,} calibration tokens",
-        f"  reads              {size(work['read_bytes'])} (the teacher once, the kept experts again)",
+        f"  reads              {size(work['read_bytes'])} (the teacher, the kept experts again)",
         f"  writes             {size(work['write_bytes'])}",
         f"  needs in memory    {size(work['memory_bytes'])} (two layers, activations, a chunk)",
     ]

@@ -121,7 +121,7 @@ class Checkpoint:
             )
         if not entry.nbytes:
             return
-        buffer = memoryview(out.view(-1).view(torch.uint8).numpy())
+        buffer = memoryview(out.view(-1).view(torch.uint8).numpy().data)
         try:
             with entry.file.open("rb", buffering=0) as stream:
                 stream.seek(entry.start)
@@ -187,7 +187,7 @@ def write_safetensors(
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: announced {dtype} {shape}, got {tensor.dtype}")
             if tensor.numel():
-                stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+                stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def plan_shards(specs: dict[str, Spec], max_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:

@@ -7,7 +7,7 @@ replaced, by StackedExperts, which computes the same and can be observed.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class StreamedTeacher:
         _check_state(self.model, state, self.checkpoint, "")
         self.model.load_state_dict(state, strict=False, assign=True)
         self.model.tie_weights()
-        self.model.to(self.device)
+        cast(nn.Module, self.model).to(self.device)
         _require_loaded(self.model, self.checkpoint, "")
 
     def _read(self, name: str) -> Tensor:
@@ -138,7 +138,7 @@ class StreamedTeacher:
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, hidden: Tensor, rows: slice) -> Tensor:
-        """The stock model's logits [B, rows, V] at positions `rows`, given its last hidden states."""
+        """The stock model's logits [B, rows, V] at positions `rows` of the last hidden states."""
         self.taps[-1].replay = hidden
         positions = torch.arange(hidden.shape[1], device=self.device)[rows]
         output = self.model(input_ids.to(self.device), use_cache=False, logits_to_keep=positions)

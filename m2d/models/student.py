@@ -3,6 +3,7 @@
 Shapes: H hidden size, I expert intermediate size, W the student's intermediate size.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -146,9 +147,8 @@ class StudentTensors:
         shape = self.shapes[name]
         tensor = tensor.to(self.dtype or tensor.dtype)
         # Only an FFN may be narrower than the student's one width.
-        if self.is_feed_forward(name) and tensor.ndim == len(shape):
-            if all(have <= want for have, want in zip(tensor.shape, shape, strict=True)):
-                tensor = pad_to(tensor, shape)
+        if self.is_feed_forward(name) and all(map(operator.le, tensor.shape, shape)):
+            tensor = pad_to(tensor, shape)
         if tuple(tensor.shape) != shape:
             raise UserError(
                 f"{self.checkpoint.folder}: {name} would be {list(tensor.shape)}, but the config "

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -125,7 +125,7 @@ def open_teacher(model: str | Path, config_only: bool = False) -> Teacher:
 
 def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The decoder layers of a stock causal LM."""
-    return model.base_model.layers
+    return cast(torch.nn.ModuleList, model.base_model.layers)
 
 
 def _has_module(layer: torch.nn.Module, path: str) -> bool:

@@ -52,7 +52,7 @@ def dataset_documents(spec: str) -> Iterable[str]:
     """Stream the documents of NAME[:SPLIT[:COLUMN]]; NAME may be NAME@CONFIG, or a local folder."""
     from datasets import load_dataset
 
-    name, split, column = (spec.split(":") + ["", ""])[:3]
+    name, split, column = [*spec.split(":"), "", ""][:3]
     path, _, config = name.partition("@")
     split, column = split or "train", column or "text"
     try:

@@ -1,7 +1,7 @@
 """Gram statistics: inner products of all experts' outputs on every calibration token.
 
-Definitions: docs/method.md. Expert outputs are large products in the teacher's dtype; inner products
-of float32 accuracy are taken over chunks of tokens and added up in float64.
+Definitions: docs/method.md. Expert outputs are large products in the teacher's dtype; their inner
+products are taken over chunks of tokens with float32 accuracy, and added up in float64.
 Shapes: N tokens, E experts, H hidden size, I expert intermediate size.
 """
 
@@ -9,6 +9,7 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,7 +58,8 @@ def _exact_low_precision_products(rows: Tensor) -> Iterator[None]:
     if rows.dtype != torch.bfloat16:
         yield
         return
-    backend = torch.backends.cuda.matmul if rows.is_cuda else torch.backends.mkldnn.matmul
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if rows.is_cuda else backends.mkldnn.matmul
     before = backend.fp32_precision
     # On a GPU, TF32 holds every bfloat16 exactly.
     backend.fp32_precision = "tf32" if rows.is_cuda else "bf16"
@@ -129,7 +131,7 @@ def every_expert(experts: StackedExperts, hidden: Tensor) -> Tensor:
 
 
 def chunk_tokens(experts: StackedExperts, hidden: Tensor) -> int:
-    """Tokens of a chunk, such that its outputs fit into CHUNK_BYTES or a quarter of what is free."""
+    """Tokens of a chunk: its outputs fit into CHUNK_BYTES, or a quarter of a GPU's free memory."""
     free = CHUNK_BYTES
     if hidden.is_cuda:
         free = max(free, torch.cuda.mem_get_info(hidden.device)[0] // 4)
@@ -145,7 +147,7 @@ def weight_gram(experts: StackedExperts) -> Tensor:
 
 def router_gram(router: nn.Module) -> Tensor:
     """R [E, E]: inner products of the router's rows."""
-    rows = router.weight.double()  # type: ignore[operator, union-attr]
+    rows = cast(Tensor, router.weight).double()
     return rows @ rows.T
 
 

@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def load_dense(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"{folder}: transformers cannot load it ({reason[0]})") from None
-    return model.to(device).eval()
+    return cast(nn.Module, model).to(device).eval()
 
 
 def measure(

@@ -5,7 +5,7 @@ Definitions: docs/method.md. Sums are float64, so that shares of the tokens add 
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class RoutingTotals:
         weights: Tensor,
         norms: Tensor,
     ) -> None:
-        logits = functional.linear(hidden, router.weight)  # type: ignore[arg-type]
+        logits = functional.linear(hidden, cast(Tensor, router.weight))
         batch = routing_sums(self.probabilities(logits), index, weights, norms)
         total = self.sums.setdefault(
             layer, {name: torch.zeros_like(v) for name, v in batch.items()}
