@@ -47,32 +47,35 @@ def greedy_regression(
       cross     [N, H]: <f_j, Y_h>; A is [N, H]
       ridge     penalty / mean(diag gram); above 0 it keeps near-copies from being picked for noise
       fallback  [N]: order of those left when no further one helps, highest first
-    Returns the picks [count] and the error that each took away [count].
+    Returns the picks [count] and by how much each lowered the error [count].
     """
     mean = float(np.diagonal(gram).mean())
     if mean <= 0.0:
         return remaining(np.ones(len(gram), dtype=bool), fallback)[:count], np.zeros(count)
     penalty = ridge * mean
-    factor = np.zeros((count, len(gram)))
+    factor = np.zeros((count, len(gram)))  # as in greedy_log_determinant
+    explained = np.zeros((count, cross.shape[1]))  # <what pick s adds to the span, Y>, normalised
     schur = np.diagonal(gram) + penalty  # squared length of each regressor beyond the picked span
-    residual = np.array(cross, dtype=np.float64)  # its inner product with what is left of Y
+    energy = np.einsum("nh,nh->n", cross, cross)  # squared inner product with what is left of Y
     free = np.ones(len(gram), dtype=bool)
     order: list[int] = []
     gains = np.zeros(count)
-    exhausted = TIE * mean
     while len(order) < count:
-        usable = free & (schur > exhausted)
+        usable = free & (schur > TIE * mean)
         gain = np.zeros(len(gram))
-        gain[usable] = np.einsum("nh,nh->n", residual[usable], residual[usable]) / schur[usable]
+        gain[usable] = energy[usable] / schur[usable]
         pick = first_maximum(gain, free)
         if gain[pick] <= TIE * gains[0]:
             break
-        step = len(order)
-        row = factor[step]
-        row[:] = cholesky_row(gram[pick], factor[:step], pick, schur[pick], penalty)
-        residual -= np.outer(row, residual[pick] / np.sqrt(schur[pick]))
+        step, root = len(order), np.sqrt(schur[pick])
+        row = cholesky_row(gram[pick], factor[:step], pick, schur[pick], penalty)
+        new = (cross[pick] - factor[:step, pick] @ explained[:step]) / root
+        # The residual's inner products are not kept, [N, H], only their squares: each loses the
+        # part row * new.
+        overlap = cross @ new - (explained[:step] @ new) @ factor[:step]
+        energy = np.maximum(energy - 2 * row * overlap + row**2 * (new @ new), 0.0)
         schur = schur - row**2
-        gains[step] = gain[pick]
+        factor[step], explained[step], gains[step] = row, new, gain[pick]
         free[pick] = False
         order.append(pick)
     left = remaining(free, fallback)[: count - len(order)]
