@@ -38,28 +38,34 @@ class Module:
     """Statements that bind nothing, such as a call; they run on import and always count."""
 
 
-def stage_digest(
-    stage: str, chosen: Mapping[str, Collection[str]] | None = None, package: Path = PACKAGE
+def code_digest(
+    entry: str, chosen: Mapping[str, Collection[str]] | None = None, package: Path = PACKAGE
 ) -> str:
-    """Digest of all code that the command of module `stage` ("m2d.stages.rank") can run.
+    """Digest of all code that `entry` can run, 16 hex digits.
 
-    `chosen` names the methods that it will use, by kind: {"scoring": ["reap"]}. 16 hex digits.
+    `entry` is a command's module ("m2d.stages.rank") or one function ("m2d.demo.corpus:build").
+    `chosen` names the methods that it will use, by kind: {"scoring": ["reap"]}.
     """
     digest = hashlib.sha256()
-    for (module, name), text in sorted(reachable(stage, chosen or {}, package).items()):
+    for (module, name), text in sorted(reachable(entry, chosen or {}, package).items()):
         digest.update(f"{module}\0{name}\0{text}\0".encode())
     return digest.hexdigest()[:16]
 
 
 def reachable(
-    stage: str, chosen: Mapping[str, Collection[str]], package: Path = PACKAGE
+    entry: str, chosen: Mapping[str, Collection[str]], package: Path = PACKAGE
 ) -> dict[tuple[str, str], str]:
-    """(module, definition) -> normalised source, of all that `main` and its options reach."""
+    """(module, definition) -> normalised source, of all that `entry` reaches.
+
+    Raises ValueError where the package has no such entry.
+    """
+    stage, _, function = entry.partition(":")
     known = load(stage, package)
-    if known is None or "main" not in known.definitions:
-        raise ValueError(f"{stage}: no such module of the package, or it has no main")
+    waiting = [(stage, name) for name in ([function] if function else ["main", "add_arguments"])]
+    for _, name in waiting:
+        if known is None or name not in known.definitions:
+            raise ValueError(f"{entry}: the package has no {stage}.{name}")
     found: dict[tuple[str, str], str] = {}
-    waiting = [(stage, "main"), (stage, "add_arguments")]
     while waiting:
         key = waiting.pop()
         if key in found:

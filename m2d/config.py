@@ -1,0 +1,192 @@
+"""The workflow's config: its schema, its cross-field checks, and the names it uses made plain.
+
+Used by the Snakefile, so nothing here imports torch or numpy.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError, best_match
+
+from m2d.choose.names import resolve
+from m2d.errors import UserError
+
+Config = dict[str, Any]
+
+# Names of folders beside the teachers', and of results beside the recipes'.
+RESERVED = {
+    "teachers": {"corpus", "tasks", "tables", "figures", "benchmarks", "logs"},
+    "recipes": {"merged"},
+}
+
+
+def load_config(path: str | Path, schema: str | Path) -> Config:
+    """Read and check a config file; see `check_config`."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    return check_config(values, schema)
+
+
+def check_config(values: Any, schema: str | Path) -> Config:
+    """The config with all defaults filled in and all methods by identifier; a copy.
+
+    Raises UserError, one line that names the key, its value and what is allowed.
+    """
+    rules = yaml.safe_load(Path(schema).read_text(encoding="utf-8"))
+    error = best_match(Draft202012Validator(rules).iter_errors(values))
+    if error is not None:
+        raise UserError(f"config: {_explain(error)}")
+    config: Config = copy.deepcopy(dict(values))
+    _resolve_methods(config)
+    _check_names(config)
+    _check_sizes(config)
+    return config
+
+
+def _resolve_methods(config: Config) -> None:
+    """Replace the paper's terms by identifiers, in place."""
+
+    def resolved(kind: str, text: str, key: str) -> str:
+        try:
+            return resolve(kind, text)
+        except UserError as error:
+            raise UserError(f"config: {key}: {error}") from None
+
+    def resolved_list(kind: str, names: Iterable[str], key: str) -> list[str]:
+        found = [resolved(kind, name, f"{key}.{i}") for i, name in enumerate(names)]
+        if len(set(found)) < len(found):
+            raise UserError(f"config: {key}: {', '.join(found)}: each {kind} may stand there once")
+        return found
+
+    grid = config["grid"]
+    grid["groupings"] = resolved_list("grouping", grid["groupings"], "grid.groupings")
+    grid["scalings"] = resolved_list("scaling", grid["scalings"], "grid.scalings")
+    for name, student in config["students"].items():
+        for kind in ("scoring", "grouping", "scaling"):
+            student[kind] = resolved(kind, student[kind], f"students.{name}.{kind}")
+    for name, pipeline in config["pipelines"].items():
+        for key in ("scorings", "students", "distill", "tasks"):
+            pipeline.setdefault(key, [])
+        key = f"pipelines.{name}.scorings"
+        pipeline["scorings"] = resolved_list("scoring", pipeline["scorings"], key)
+
+
+def _check_names(config: Config) -> None:
+    """Every name that is used is defined, and none is taken twice."""
+
+    def known(section: str, name: str, key: str) -> None:
+        if name not in config[section]:
+            raise UserError(f"config: {key}: {_unknown(name, section, config[section])}")
+
+    for section, names in RESERVED.items():
+        for name in names & set(config[section]):
+            raise UserError(f"config: {section}.{name}: this name is reserved; choose another")
+    for name, teacher in config["teachers"].items():
+        for use, tokens in teacher["tokens"].items():
+            known("datasets", tokens["dataset"], f"teachers.{name}.tokens.{use}.dataset")
+    for name, pipeline in config["pipelines"].items():
+        key = f"pipelines.{name}"
+        if not name.startswith("all_"):
+            raise UserError(f"config: {key}: a pipeline is a target; its name must begin with all_")
+        for section in ("teachers", "students", "tasks"):
+            for i, item in enumerate(pipeline[section]):
+                known(section, item, f"{key}.{section}.{i}")
+        for i, entry in enumerate(pipeline["distill"]):
+            known("students", entry["student"], f"{key}.distill.{i}.student")
+            known("recipes", entry["recipe"], f"{key}.distill.{i}.recipe")
+            for teacher in pipeline["teachers"]:
+                if "distillation" not in config["teachers"][teacher]["tokens"]:
+                    raise UserError(
+                        f"config: {key}.distill: teachers.{teacher}.tokens has no `distillation`; "
+                        "add it"
+                    )
+
+
+def _check_sizes(config: Config) -> None:
+    """Numbers that must agree with one another."""
+    for name, teacher in config["teachers"].items():
+        experts, top_k = teacher["experts"], teacher["top_k"]
+        if top_k > experts:
+            raise UserError(
+                f"config: teachers.{name}.top_k: {top_k} is more than its {experts} experts"
+            )
+        for i, keep in enumerate(teacher["keeps"]):
+            _check_keep(keep, name, teacher, f"teachers.{name}.keeps.{i}")
+    for name, recipe in config["recipes"].items():
+        key = f"config: recipes.{name}"
+        steps, peak = recipe["steps"], recipe["learning_rate"]
+        used = recipe.get("warmup_steps", 0) + recipe.get("decay_steps", 0)
+        if used > steps:
+            raise UserError(
+                f"{key}.steps: {steps} is less than warmup_steps + decay_steps = {used}"
+            )
+        if recipe.get("min_learning_rate", 0) > peak:
+            raise UserError(
+                f"{key}.min_learning_rate: {recipe['min_learning_rate']} is more than "
+                f"learning_rate = {peak}"
+            )
+        at_once = recipe.get("device_batch", 1) * max(recipe["gpus"], 1)
+        if recipe.get("batch", at_once) % at_once:
+            raise UserError(
+                f"{key}.batch: {recipe['batch']} is not a multiple of device_batch times gpus = "
+                f"{at_once}"
+            )
+    for name, pipeline in config["pipelines"].items():
+        used_students = [*pipeline["students"], *(e["student"] for e in pipeline["distill"])]
+        for teacher in pipeline["teachers"]:
+            for student in used_students:
+                keep = config["students"][student]["keep"]
+                key = f"pipelines.{name}: students.{student}.keep"
+                _check_keep(keep, teacher, config["teachers"][teacher], key)
+
+
+def _check_keep(keep: int, name: str, teacher: Mapping[str, Any], key: str) -> None:
+    low, high = teacher["top_k"], teacher["experts"]
+    if not low <= keep <= high:
+        raise UserError(
+            f"config: {key}: {keep} experts cannot be kept of {name}; from {low} (its top_k) to "
+            f"{high} (its experts) are allowed"
+        )
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for a schema error: the key, the value, what is allowed."""
+    key = ".".join(str(part) for part in error.absolute_path)
+    place = f"{key}: " if key else ""
+    schema: Mapping[str, Any] = error.schema
+    if error.validator == "additionalProperties":
+        keys = schema["properties"]
+        unknown = next(name for name in error.instance if name not in keys)
+        return f"{place}{_unknown(str(unknown), 'key', keys)}"
+    if error.validator == "required":
+        missing = next(name for name in error.validator_value if name not in error.instance)
+        meaning = schema.get("properties", {}).get(missing, {}).get("description", "")
+        return f"{place}the key {missing} is missing" + (f" ({meaning})" if meaning else "")
+    if error.validator in ("minProperties", "maxProperties"):
+        allowed = ", ".join(schema["properties"])
+        return f"{place}has {len(error.instance)} keys; exactly one of {allowed} is allowed"
+    if error.validator == "enum":
+        choices = [str(value) for value in error.validator_value]
+        return f"{place}{_unknown(str(error.instance), 'value', choices)}"
+    if error.validator == "pattern":
+        return (
+            f"{place}{error.instance!r}: lower-case letters, digits, '-', '_' and '.' are allowed"
+        )
+    return f"{place}{error.message}"
+
+
+def _unknown(name: str, kind: str, allowed: Iterable[str]) -> str:
+    allowed = list(allowed)
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    kind = {"key": "key", "value": "value"}.get(kind, f"name in {kind}")
+    return f"unknown {kind} {name!r}; {hint}allowed: {', '.join(allowed) or 'none'}"

@@ -1,0 +1,64 @@
+# Distillation: a student trained on its teacher's distributions.
+# in:  a teacher, <results>/{teacher}/students/{student}/merged/, tokens/distillation.safetensors
+# out: <results>/{teacher}/students/{student}/{recipe}/
+#
+# A job that is killed or runs out of time goes on from its last checkpoint when it is started
+# again: checkpoints lie beside the output, in .{recipe}.checkpoints-*, until it is complete.
+
+
+def recipe_of(wildcards):
+    return config["recipes"][wildcards.recipe]
+
+
+def recipe_options(wildcards):
+    """The recipe as options of `m2d distill`: learning_rate: 1e-4 is --learning-rate 1e-4."""
+    settings = {
+        k: v
+        for k, v in recipe_of(wildcards).items()
+        if k not in ("gpus", "mem_mb", "runtime")
+    }
+    return " ".join(
+        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for key, value in settings.items()
+        if value is not False
+    )
+
+
+def launcher(wildcards):
+    """One process per GPU."""
+    processes = recipe_of(wildcards)["gpus"]
+    if processes < 2:
+        return "m2d"
+    return f"torchrun --standalone --nproc-per-node {processes} -m m2d.cli"
+
+
+rule distill_student:
+    """Train one student on its teacher's outputs."""
+    input:
+        student="<results>/{teacher}/students/{student}/merged",
+        tokens="<results>/{teacher}/tokens/distillation.safetensors",
+        ranking=ranking_of,
+        teacher=teacher_files,
+    output:
+        directory("<results>/{teacher}/students/{student}/{recipe}"),
+    log:
+        "<logs>/distill_student/{teacher}/{student}/{recipe}.log",
+    benchmark:
+        "<benchmarks>/distill_student/{teacher}/{student}/{recipe}.tsv"
+    conda:
+        "m2d"
+    threads: 1
+    resources:
+        gpu=lambda wildcards: recipe_of(wildcards)["gpus"],
+        mem_mb=lambda wildcards, attempt: recipe_of(wildcards)["mem_mb"] * attempt,
+        runtime=lambda wildcards, attempt: recipe_of(wildcards)["runtime"] * attempt,
+    params:
+        model=lambda wildcards: teacher_of(wildcards)["model"],
+        launcher=launcher,
+        options=recipe_options,
+        code=code("m2d.stages.distill"),
+    shell:
+        """
+        {params.launcher} distill {input.student} {params.model} {output} \
+            --tokens {input.tokens} {params.options} 2>{log}
+        """

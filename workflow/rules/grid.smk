@@ -1,0 +1,44 @@
+# The grid: perplexity of every configuration of one scoring method, no student written.
+# in:  a teacher, its statistics, one ranking, <results>/{teacher}/tokens/test.safetensors
+# out: <results>/{teacher}/grid/{scoring}.parquet
+
+
+rule measure_grid:
+    """Perplexity of every grouping, scaling and K under one scoring method."""
+    input:
+        statistics="<results>/{teacher}/statistics.parquet",
+        gram="<results>/{teacher}/gram.safetensors",
+        ranking=ranking_of,
+        tokens="<results>/{teacher}/tokens/test.safetensors",
+        teacher=teacher_files,
+    output:
+        "<results>/{teacher}/grid/{scoring}.parquet",
+    log:
+        "<logs>/measure_grid/{teacher}/{scoring}.log",
+    benchmark:
+        "<benchmarks>/measure_grid/{teacher}/{scoring}.tsv"
+    conda:
+        "m2d"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=memory,
+        runtime=minutes,
+    params:
+        model=lambda wildcards: teacher_of(wildcards)["model"],
+        keeps=lambda wildcards: ",".join(map(str, teacher_of(wildcards)["keeps"])),
+        groupings=",".join(config["grid"]["groupings"]),
+        scalings=",".join(config["grid"]["scalings"]),
+        options=compute_options,
+        ranking=ranking_digest,
+        code=code(
+            "m2d.stages.grid",
+            grouping=config["grid"]["groupings"],
+            scaling=config["grid"]["scalings"],
+        ),
+    shell:
+        """
+        m2d grid {params.model} {output} --statistics {input.statistics} --gram {input.gram} \
+            --ranking {input.ranking} --tokens {input.tokens} --keeps {params.keeps} \
+            --groupings {params.groupings} --scalings {params.scalings} {params.options} 2>{log}
+        """

@@ -1,0 +1,47 @@
+# Students: the kept experts merged into one dense FFN per layer.
+# in:  a teacher, its statistics, one ranking
+# out: <results>/{teacher}/students/{student}/merged/ (a stock model folder; how many files its
+#      weights take is known to the stage alone, hence a directory)
+
+
+def student_of(wildcards):
+    return config["students"][wildcards.student]
+
+
+def merge_code(wildcards):
+    student = student_of(wildcards)
+    return code(
+        "m2d.stages.merge", grouping=[student["grouping"]], scaling=[student["scaling"]]
+    )
+
+
+rule merge_student:
+    """Write one student."""
+    input:
+        statistics="<results>/{teacher}/statistics.parquet",
+        gram="<results>/{teacher}/gram.safetensors",
+        ranking=ranking_of,
+        teacher=teacher_files,
+    output:
+        directory("<results>/{teacher}/students/{student}/merged"),
+    log:
+        "<logs>/merge_student/{teacher}/{student}.log",
+    benchmark:
+        "<benchmarks>/merge_student/{teacher}/{student}.tsv"
+    conda:
+        "m2d"
+    threads: 1
+    resources:
+        mem_mb=memory,
+        runtime=minutes,
+    params:
+        model=lambda wildcards: teacher_of(wildcards)["model"],
+        student=student_of,
+        ranking=ranking_digest,
+        code=merge_code,
+    shell:
+        """
+        m2d merge {params.model} {output} --statistics {input.statistics} --gram {input.gram} \
+            --ranking {input.ranking} --grouping {params.student[grouping]} \
+            --scaling {params.student[scaling]} --keep {params.student[keep]} 2>{log}
+        """

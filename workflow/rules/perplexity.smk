@@ -1,0 +1,61 @@
+# Perplexity on the test tokens, of teachers, students and distilled students.
+# in:  a model folder, <results>/{teacher}/tokens/test.safetensors
+# out: <results>/{teacher}/perplexity.json, students/{student}/{variant}.perplexity.json
+
+
+rule measure_teacher:
+    """Perplexity of a teacher."""
+    input:
+        tokens="<results>/{teacher}/tokens/test.safetensors",
+        teacher=teacher_files,
+    output:
+        "<results>/{teacher}/perplexity.json",
+    log:
+        "<logs>/measure_teacher/{teacher}.log",
+    benchmark:
+        "<benchmarks>/measure_teacher/{teacher}.tsv"
+    conda:
+        "m2d"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=memory,
+        runtime=minutes,
+    params:
+        model=lambda wildcards: teacher_of(wildcards)["model"],
+        options=compute_options,
+        code=code("m2d.stages.perplexity"),
+    shell:
+        """
+        m2d perplexity {params.model} --calibration {input.tokens} --out {output} \
+            {params.options} >{log} 2>&1
+        """
+
+
+rule measure_student:
+    """Perplexity of a student, merged or distilled."""
+    input:
+        model="<results>/{teacher}/students/{student}/{variant}",
+        tokens="<results>/{teacher}/tokens/test.safetensors",
+        ranking=ranking_of,
+    output:
+        "<results>/{teacher}/students/{student}/{variant}.perplexity.json",
+    log:
+        "<logs>/measure_student/{teacher}/{student}/{variant}.log",
+    benchmark:
+        "<benchmarks>/measure_student/{teacher}/{student}/{variant}.tsv"
+    conda:
+        "m2d"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=memory,
+        runtime=minutes,
+    params:
+        options=compute_options,
+        code=code("m2d.stages.perplexity"),
+    shell:
+        """
+        m2d perplexity {input.model} --calibration {input.tokens} --out {output} \
+            {params.options} >{log} 2>&1
+        """

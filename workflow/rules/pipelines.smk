@@ -1,0 +1,79 @@
+# The targets: every pipeline of the config, and the tables of all of them.
+
+
+def runs_of(pipeline):
+    """(teacher, student, variant) of every student of a pipeline, merged and distilled, once."""
+    settings = config["pipelines"][pipeline]
+    pairs = [(student, "merged") for student in settings["students"]]
+    for entry in settings["distill"]:
+        pairs += [(entry["student"], "merged"), (entry["student"], entry["recipe"])]
+    return [
+        (teacher, *pair)
+        for teacher in settings["teachers"]
+        for pair in dict.fromkeys(pairs)
+    ]
+
+
+def grids_of(pipeline):
+    settings = config["pipelines"][pipeline]
+    return expand(
+        "<results>/{teacher}/grid/{scoring}.parquet",
+        teacher=settings["teachers"],
+        scoring=settings["scorings"],
+    )
+
+
+def models_of(pipeline):
+    return [f"<results>/{t}/students/{s}/{v}" for t, s, v in runs_of(pipeline)]
+
+
+def perplexities_of(pipeline):
+    teachers = expand(
+        "<results>/{teacher}/perplexity.json",
+        teacher=config["pipelines"][pipeline]["teachers"],
+    )
+    return teachers + [f"{model}.perplexity.json" for model in models_of(pipeline)]
+
+
+def evaluations_of(pipeline):
+    settings = config["pipelines"][pipeline]
+    teachers = expand("<results>/{teacher}/teacher", teacher=settings["teachers"])
+    return expand(
+        "{model}.eval/{task}.json",
+        model=[*teachers, *models_of(pipeline)],
+        task=settings["tasks"],
+    )
+
+
+def rankings_of(pipeline):
+    """The rankings behind a pipeline's grids and students; see rules/rank.smk."""
+    settings = config["pipelines"][pipeline]
+    students = [student for _, student, _ in runs_of(pipeline)]
+    scorings = [
+        *settings["scorings"],
+        *(config["students"][s]["scoring"] for s in students),
+    ]
+    return ancient(
+        expand(
+            "<results>/{teacher}/rankings/{scoring}.json",
+            teacher=settings["teachers"],
+            scoring=dict.fromkeys(scorings),
+        )
+    )
+
+
+for pipeline in config["pipelines"]:
+
+    rule:
+        name:
+            pipeline
+        input:
+            f"<results>/tables/{pipeline}",
+            f"<results>/figures/{pipeline}",
+
+
+rule tables:
+    """The tables and figures of every pipeline."""
+    input:
+        expand("<results>/tables/{pipeline}", pipeline=config["pipelines"]),
+        expand("<results>/figures/{pipeline}", pipeline=config["pipelines"]),

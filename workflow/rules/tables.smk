@@ -1,0 +1,72 @@
+# Tables and figures of everything that a pipeline measured.
+# in:  grids, perplexities and scores of the pipeline
+# out: <results>/tables/{pipeline}/*.{csv,md,parquet,html}, <results>/figures/{pipeline}/*.{svg,png}
+
+
+rule make_tables:
+    """Gather a pipeline's results."""
+    input:
+        grids=lambda wildcards: grids_of(wildcards.pipeline),
+        perplexities=lambda wildcards: perplexities_of(wildcards.pipeline),
+        evaluations=lambda wildcards: evaluations_of(wildcards.pipeline),
+        models=lambda wildcards: models_of(wildcards.pipeline),
+        rankings=lambda wildcards: rankings_of(wildcards.pipeline),
+    output:
+        report(
+            directory("<results>/tables/{pipeline}"),
+            patterns=["{table}.html"],
+            caption="../report/tables.rst",
+            category="Tables",
+            labels={"pipeline": "{pipeline}", "table": "{table}"},
+        ),
+    log:
+        "<logs>/make_tables/{pipeline}.log",
+    benchmark:
+        "<benchmarks>/make_tables/{pipeline}.tsv"
+    conda:
+        "m2d"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=lambda wildcards, attempt: 10 * attempt,
+    params:
+        provenance=lambda wildcards, input: [
+            f"{model}/m2d.json" for model in input.models
+        ],
+        code=code("m2d.stages.tables"),
+    shell:
+        """
+        m2d tables {output} --grid {input.grids} --perplexity {input.perplexities} \
+            --evaluation {input.evaluations} --provenance {params.provenance} 2>{log}
+        """
+
+
+rule draw_figures:
+    """Draw the figures of a pipeline's tables."""
+    input:
+        "<results>/tables/{pipeline}",
+        rankings=lambda wildcards: rankings_of(wildcards.pipeline),
+    output:
+        report(
+            directory("<results>/figures/{pipeline}"),
+            patterns=["{figure}.svg"],
+            caption="../report/figures.rst",
+            category="Figures",
+            labels={"pipeline": "{pipeline}", "figure": "{figure}"},
+        ),
+    log:
+        "<logs>/draw_figures/{pipeline}.log",
+    benchmark:
+        "<benchmarks>/draw_figures/{pipeline}.tsv"
+    conda:
+        "m2d"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=lambda wildcards, attempt: 10 * attempt,
+    params:
+        code=code("m2d.stages.tables"),
+    shell:
+        """
+        m2d figures {output} 2>{log}
+        """

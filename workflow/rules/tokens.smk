@@ -1,0 +1,48 @@
+# Token sequences of a teacher's tokenizer: for calibration, for perplexity, for distillation.
+# in:  <results>/corpus/*.jsonl or the config's own files; nothing for a dataset of the hub
+# out: <results>/{teacher}/tokens/{calibration,test,distillation}.safetensors
+
+
+def token_settings(wildcards):
+    return teacher_of(wildcards)["tokens"][wildcards.tokens]
+
+
+def text_files(wildcards):
+    dataset = config["datasets"][token_settings(wildcards)["dataset"]]
+    if "corpus" in dataset:
+        return f"<results>/corpus/{dataset['corpus']}.jsonl"
+    return dataset.get("files", [])
+
+
+def text_source(wildcards, input):
+    dataset = config["datasets"][token_settings(wildcards)["dataset"]]
+    return f"--dataset {dataset['hub']}" if "hub" in dataset else f"--text {input.text}"
+
+
+rule make_tokens:
+    """Cut text into token sequences of equal length."""
+    input:
+        text=text_files,
+        teacher=teacher_files,
+    output:
+        "<results>/{teacher}/tokens/{tokens}.safetensors",
+    log:
+        "<logs>/make_tokens/{teacher}/{tokens}.log",
+    benchmark:
+        "<benchmarks>/make_tokens/{teacher}/{tokens}.tsv"
+    conda:
+        "m2d"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=lambda wildcards, attempt: 120 * attempt,
+    params:
+        model=lambda wildcards: teacher_of(wildcards)["model"],
+        settings=token_settings,
+        source=text_source,
+        code=code("m2d.stages.calibrate"),
+    shell:
+        """
+        m2d calibrate {params.model} {output} {params.source} \
+            --sequences {params.settings[sequences]} --length {params.settings[length]} 2>{log}
+        """
