@@ -1,0 +1,202 @@
+"""Tables from a made-up run whose right answers are known."""
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import synthetic_run as run
+
+from m2d import cli
+from m2d.errors import UserError
+from m2d.results import Place, as_rows, place_of, read_published
+from m2d.stages.tables import TABLES, make_tables
+from m2d.table_html import show_number, table_html
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
+    folder = tmp_path_factory.mktemp("results")
+    files = run.write_students(folder)
+    return make_tables(
+        run.write_grid(folder),
+        files["perplexity"],
+        files["evaluation"],
+        files["provenance"],
+        run.write_benchmarks(folder),
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("r/t/grid/reap.parquet", Place("t", "", "", scoring="reap")),
+        ("r/t/perplexity.json", Place("t", "", "teacher")),
+        ("r/t/teacher.eval/mmlu.json", Place("t", "", "teacher", task="mmlu")),
+        ("r/t/students/s-k4/merged.perplexity.json", Place("t", "s-k4", "merged")),
+        ("r/t/students/s/fast.eval/mmlu.json", Place("t", "s", "fast", task="mmlu")),
+        ("r/t/students/s/fast/m2d.json", Place("t", "s", "fast")),
+    ],
+)
+def test_the_path_says_what_a_file_is_about(path: str, place: Place) -> None:
+    assert place_of(path) == place
+
+
+@pytest.mark.parametrize("path", ["x.json", "r/t/students/merged.eval/a/b.json", "grid.parquet"])
+def test_a_file_out_of_place_is_named(path: str) -> None:
+    with pytest.raises(UserError, match=path):
+        place_of(path)
+
+
+def test_the_grid_has_every_row_and_says_which_are_the_same(tables: dict) -> None:
+    grid = tables["grid"]
+    assert len(grid) == 350
+    # At K = top-k all five groupings give one student: 7 x 2 x 4 repeat an earlier row.
+    assert (grid["same_as"] != "").sum() == 56
+    repeated = grid[grid["same_as"] != ""].iloc[0]
+    assert repeated["same_as"] == "selection_freq/round_robin/uniform/4"
+    assert grid["relative"].min() == 1.0
+
+
+def test_best_of_each_choice(tables: dict) -> None:
+    best = tables["grid_best"].set_index(["axis", "value"])
+    assert len(best) == 7 + 5 + 2 + 5
+    row = best.loc[("scoring", "gld_reap")]
+    assert row["term"] == "DO-ACP"
+    assert row["best_perplexity"] == pytest.approx(math.exp(2.9))
+    assert row["best_configuration"] == "round_robin/uniform/4"
+    assert best.loc[("keep", "32"), "best_perplexity"] == pytest.approx(math.exp(2.9 + 0.6))
+
+
+def test_axis_effects_are_those_of_a_hand_computed_analysis(tables: dict) -> None:
+    effects = tables["axes"].set_index("axis")
+    grid = tables["grid"]
+    logs = grid["perplexity"].map(math.log)
+    mean = sum(logs) / 350
+    total = sum((value - mean) ** 2 for value in logs)
+    between = 0.0
+    for scaling in ("uniform", "proportional"):
+        own = [v for v, s in zip(logs, grid["scaling"], strict=True) if s == scaling]
+        between += len(own) * (sum(own) / len(own) - mean) ** 2
+    assert effects.loc["scaling", "share_of_variance"] == pytest.approx(between / total)
+    assert effects.loc["scaling", "spread"] == pytest.approx(math.exp(0.08))
+    assert effects.loc["scoring", "spread"] == pytest.approx(math.exp(0.12 * 6))
+    assert effects.loc["scoring", "best_value"] == "gld_reap"
+    assert effects["share_of_variance"].sum() < 1
+
+
+def test_students_with_scores_and_standard_errors(tables: dict) -> None:
+    students = tables["students"].set_index(["student", "variant"])
+    assert len(students) == 1 + 3 * 3
+    row = students.loc[("gld_reap-k4", "expanded")]
+    assert row["perplexity"] == 15.0
+    assert row["parameters"] == 2_000_000
+    assert row["tokens"] == 500_000
+    # acc_norm where the task has it, else acc
+    assert row["demo_continuation"] == pytest.approx(0.68)
+    assert row["demo_package"] == pytest.approx(0.73)
+    assert row["average"] == pytest.approx((0.68 + 0.73) / 2)
+    errors = [(p * (1 - p) / 240) ** 0.5 for p in (0.68, 0.73)]
+    assert row["average ±"] == pytest.approx((errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2)
+    assert students.loc[("gld_reap-k4", "merged"), "demo_package"] == pytest.approx(0.45)
+
+
+def test_long_table_holds_everything_in_one_format(tables: dict) -> None:
+    long = tables["results"]
+    assert (long["variant"] == "grid").sum() == 350
+    assert (long["source"] == "published").sum() == 28 * 6
+    ours = long[(long["source"] == "ours") & (long["variant"] != "grid")]
+    # 10 variants: a perplexity, acc twice, acc_norm once
+    assert len(ours) == 10 * 4
+    assert ours.loc[ours["measure"] == "acc_norm", "stderr"].notna().all()
+
+
+def test_distilled_grid_and_expanded_routing(tables: dict) -> None:
+    grid = tables["distilled_grid"].set_index(["variant", "scoring"])
+    assert grid.loc[("short", "gld_reap"), "perplexity, K=16"] == 16.5
+    routing = tables["expanded_routing"]
+    assert len(routing) == 3
+    gain = routing["average, teacher_top_k 8"] - routing["average, teacher_top_k 4"]
+    assert gain.tolist() == pytest.approx([0.04] * 3)
+    assert tables["teacher_ab"].empty
+
+
+def test_published_scores_beside_ours() -> None:
+    base = {"teacher": "qwen3-30b-a3b", "student": "best", "scoring": "gld_reap", "keep": 8}
+    base |= {"grouping": "round_robin", "variant": "full", "source": "ours", "tokens": 4 * 10**9}
+    rows = [{**base, "task": "mmlu", "measure": "acc", "value": 0.45}]
+    rows += [{**base, "task": "winogrande", "measure": "acc", "value": 0.6, "keep": 16}]
+    from m2d.stages.tables import published
+
+    table = published(as_rows(rows + read_published()))
+    assert len(table) == 28 + 1
+    row = table[table["student"] == "DO-ACP, K=8, pure pruning, uniform"].iloc[0]
+    assert row["mmlu"] == 46.1
+    assert row["mmlu, ours"] == 45.0
+    assert row["average"] == 58.1
+    assert math.isnan(row["average, ours"])
+    assert table.iloc[-1]["winogrande, ours"] == 60.0
+
+
+def test_the_published_averages_are_those_of_the_source(tables: dict) -> None:
+    table = tables["published"]
+    source = pd.read_csv(Path(run.__file__).parents[1] / "m2d/data/published_results.csv")
+    for student, average in zip(source["student"], source["average"], strict=True):
+        shown = table.loc[table["student"] == student, "average"]
+        assert average in shown.tolist()
+
+
+def test_timings_per_rule(tables: dict) -> None:
+    timings = tables["timings"]
+    assert timings["rule"].tolist() == ["grid", "merge"]
+    assert timings.loc[0, ["jobs", "seconds", "max_seconds"]].tolist() == [2, 20.0, 12.5]
+
+
+def test_written_whole_in_four_formats_and_the_same_each_time(tmp_path: Path) -> None:
+    grid = [str(file) for file in run.write_grid(tmp_path)]
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out in outs:
+        assert cli.main(["tables", str(out), "--grid", *grid]) == 0
+    names = sorted(file.name for file in outs[0].iterdir())
+    kinds = ("csv", "html", "md", "parquet")
+    assert names == sorted(f"{name}.{kind}" for name in TABLES for kind in kinds)
+    for name in names:
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+    assert len(pd.read_csv(outs[0] / "grid.csv")) == 350
+    assert len(pd.read_parquet(outs[0] / "grid.parquet")) == 350
+    assert (outs[0] / "grid.md").read_text(encoding="utf-8").count("\n| ") >= 350
+
+
+def test_tables_without_any_input_are_empty_but_there(tmp_path: Path) -> None:
+    assert cli.main(["tables", str(tmp_path / "out")]) == 0
+    assert len(pd.read_csv(tmp_path / "out" / "published.csv")) == 28
+
+
+def test_html_escapes_and_keeps_full_values() -> None:
+    page = table_html(pd.DataFrame({"<a>": [1 / 3, None], "b": ["<i>", "x"]}), "T", "C")
+    assert "<i>" not in page
+    assert "&lt;i&gt;" in page
+    assert 'data-v="0.3333333333333333">0.3333<' in page
+    assert "<td></td>" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(3, "3"), (3340449792, "3,340,449,792"), (0.12345, "0.1235"), (12, "12")]
+)
+def test_numbers_are_shown_short(value: float, shown: str) -> None:
+    assert show_number(value) == shown
+
+
+def test_bad_inputs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "t" / "grid" / "x.parquet"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"no")
+    assert cli.main(["tables", str(tmp_path / "out"), "--grid", str(bad)]) == 2
+    assert "x.parquet: not readable as Parquet" in capsys.readouterr().err
+    empty = tmp_path / "t" / "teacher.eval" / "mmlu.json"
+    run.write_json(empty, {"results": {}})
+    assert cli.main(["tables", str(tmp_path / "out"), "--evaluation", str(empty)]) == 2
+    assert "holds no result of mmlu" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert json.loads(empty.read_text()) == {"results": {}}
