@@ -19,8 +19,8 @@ except UserError as error:
 
 pathvars:
     results=config["results"],
-    logs=config["results"] + "/logs",
-    benchmarks=config["results"] + "/benchmarks",
+    logs="<results>/logs",
+    benchmarks="<results>/benchmarks",
 
 
 wildcard_constraints:
@@ -74,3 +74,101 @@ def code(entry, **chosen):
 @cache
 def cached_digest(entry, chosen):
     return code_digest(entry, dict(chosen))
+
+
+# ---- tokens.smk
+
+
+def token_settings(wildcards):
+    return teacher_of(wildcards)["tokens"][wildcards.tokens]
+
+
+def text_files(wildcards):
+    dataset = config["datasets"][token_settings(wildcards)["dataset"]]
+    if "corpus" in dataset:
+        return f"<results>/corpus/{dataset['corpus']}.jsonl"
+    return dataset.get("files", [])
+
+
+def text_source(wildcards, input):
+    dataset = config["datasets"][token_settings(wildcards)["dataset"]]
+    return f"--dataset {dataset['hub']}" if "hub" in dataset else f"--text {input.text}"
+
+
+# ---- rank.smk
+
+
+def ranking_path(wildcards):
+    student = wildcards.get("student")
+    scoring = config["students"][student]["scoring"] if student else wildcards.scoring
+    return f"{config['results']}/{wildcards.teacher}/rankings/{scoring}.json"
+
+
+def ranking_of(wildcards):
+    """The ranking that a grid or a student is made from, never a reason to re-run by its age."""
+    return ancient(ranking_path(wildcards))
+
+
+def ranking_digest(wildcards):
+    """Digest of that ranking's content, empty before it exists."""
+    path = Path(ranking_path(wildcards))
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+
+
+# ---- merge.smk
+
+
+def student_of(wildcards):
+    return config["students"][wildcards.student]
+
+
+def merge_code(wildcards):
+    student = student_of(wildcards)
+    return code(
+        "m2d.stages.merge", grouping=[student["grouping"]], scaling=[student["scaling"]]
+    )
+
+
+# ---- distill.smk
+
+
+def recipe_of(wildcards):
+    return config["recipes"][wildcards.recipe]
+
+
+def recipe_options(wildcards):
+    """The recipe as options of `m2d distill`: learning_rate: 1e-4 is --learning-rate 1e-4."""
+    settings = {
+        k: v
+        for k, v in recipe_of(wildcards).items()
+        if k not in ("gpus", "mem_mb", "runtime")
+    }
+    return " ".join(
+        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for key, value in settings.items()
+        if value is not False
+    )
+
+
+def launcher(wildcards):
+    """One process per GPU."""
+    processes = recipe_of(wildcards)["gpus"]
+    if processes < 2:
+        return "m2d"
+    return f"torchrun --standalone --nproc-per-node {processes} -m m2d.cli"
+
+
+# ---- evaluate.smk
+
+
+def task_definitions(wildcards):
+    """The folder of the demo's tasks, for those."""
+    return "<results>/tasks" if config["tasks"][wildcards.task].get("demo") else []
+
+
+def task_options(wildcards):
+    task = config["tasks"][wildcards.task]
+    options = f"--task {wildcards.task} --shots {task['shots']}"
+    if "limit" in task:
+        options += f" --limit {task['limit']}"
+    return options

@@ -6,32 +6,6 @@
 # again: checkpoints lie beside the output, in .{recipe}.checkpoints-*, until it is complete.
 
 
-def recipe_of(wildcards):
-    return config["recipes"][wildcards.recipe]
-
-
-def recipe_options(wildcards):
-    """The recipe as options of `m2d distill`: learning_rate: 1e-4 is --learning-rate 1e-4."""
-    settings = {
-        k: v
-        for k, v in recipe_of(wildcards).items()
-        if k not in ("gpus", "mem_mb", "runtime")
-    }
-    return " ".join(
-        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
-        for key, value in settings.items()
-        if value is not False
-    )
-
-
-def launcher(wildcards):
-    """One process per GPU."""
-    processes = recipe_of(wildcards)["gpus"]
-    if processes < 2:
-        return "m2d"
-    return f"torchrun --standalone --nproc-per-node {processes} -m m2d.cli"
-
-
 rule distill_student:
     """Train one student on its teacher's outputs."""
     input:

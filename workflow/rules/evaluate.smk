@@ -3,19 +3,6 @@
 # out: <results>/{teacher}/teacher.eval/{task}.json, students/{student}/{variant}.eval/{task}.json
 
 
-def task_definitions(wildcards):
-    """The folder of the demo's tasks, for those."""
-    return "<results>/tasks" if config["tasks"][wildcards.task].get("demo") else []
-
-
-def task_options(wildcards):
-    task = config["tasks"][wildcards.task]
-    options = f"--task {wildcards.task} --shots {task['shots']}"
-    if "limit" in task:
-        options += f" --limit {task['limit']}"
-    return options
-
-
 rule evaluate_teacher:
     """Score a teacher on one task."""
     input:

@@ -4,17 +4,6 @@
 #      weights take is known to the stage alone, hence a directory)
 
 
-def student_of(wildcards):
-    return config["students"][wildcards.student]
-
-
-def merge_code(wildcards):
-    student = student_of(wildcards)
-    return code(
-        "m2d.stages.merge", grouping=[student["grouping"]], scaling=[student["scaling"]]
-    )
-
-
 rule merge_student:
     """Write one student."""
     input:

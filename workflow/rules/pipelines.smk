@@ -1,4 +1,4 @@
-# The targets: every pipeline of the config, and the tables of all of them.
+# What a pipeline of the config consists of.
 
 
 def runs_of(pipeline):
@@ -60,20 +60,3 @@ def rankings_of(pipeline):
             scoring=dict.fromkeys(scorings),
         )
     )
-
-
-for pipeline in config["pipelines"]:
-
-    rule:
-        name:
-            pipeline
-        input:
-            f"<results>/tables/{pipeline}",
-            f"<results>/figures/{pipeline}",
-
-
-rule tables:
-    """The tables and figures of every pipeline."""
-    input:
-        expand("<results>/tables/{pipeline}", pipeline=config["pipelines"]),
-        expand("<results>/figures/{pipeline}", pipeline=config["pipelines"]),

@@ -14,20 +14,6 @@
 # A dry run shows the rankings alone, since only they can tell what follows.
 
 
-def ranking_of(wildcards):
-    """The ranking that a grid or a student is made from, never a reason to re-run by its age."""
-    scoring = (
-        wildcards.get("scoring") or config["students"][wildcards.student]["scoring"]
-    )
-    return ancient(f"<results>/{wildcards.teacher}/rankings/{scoring}.json")
-
-
-def ranking_digest(wildcards):
-    """Digest of that ranking's content, empty before it exists."""
-    path = Path(str(ranking_of(wildcards)).replace("<results>", config["results"]))
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
-
-
 checkpoint rank_experts:
     """Order the experts of every layer by one scoring method."""
     input:

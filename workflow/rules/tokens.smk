@@ -3,22 +3,6 @@
 # out: <results>/{teacher}/tokens/{calibration,test,distillation}.safetensors
 
 
-def token_settings(wildcards):
-    return teacher_of(wildcards)["tokens"][wildcards.tokens]
-
-
-def text_files(wildcards):
-    dataset = config["datasets"][token_settings(wildcards)["dataset"]]
-    if "corpus" in dataset:
-        return f"<results>/corpus/{dataset['corpus']}.jsonl"
-    return dataset.get("files", [])
-
-
-def text_source(wildcards, input):
-    dataset = config["datasets"][token_settings(wildcards)["dataset"]]
-    return f"--dataset {dataset['hub']}" if "hub" in dataset else f"--text {input.text}"
-
-
 rule make_tokens:
     """Cut text into token sequences of equal length."""
     input:
