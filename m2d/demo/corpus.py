@@ -6,6 +6,7 @@ one domain.
 """
 
 import ast
+import bisect
 import hashlib
 import importlib.util
 import inspect
@@ -15,7 +16,7 @@ import re
 import sysconfig
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -77,22 +78,37 @@ def split_of(name: str) -> str:
 # --- reading documentation out of source files ----------------------------------------
 
 
-def _strings_in_doc_statements(tree: ast.Module) -> Iterator[tuple[str, str]]:
+def _walk_lines(tree: ast.Module, lines: list[int]) -> Iterator[ast.AST]:
+    """`ast.walk`, but without the statements in which none of the (sorted) lines is."""
+    queue: deque[ast.AST] = deque([tree])
+    while queue:
+        node = queue.popleft()
+        if isinstance(node, ast.stmt):
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            at = bisect.bisect_left(lines, first)
+            if at == len(lines) or lines[at] > (node.end_lineno or first):
+                continue
+        queue.extend(ast.iter_child_nodes(node))
+        yield node
+
+
+def _strings_in_doc_statements(tree: ast.Module, source: str) -> Iterator[tuple[str, str]]:
     """(name, text) of documentation that is not a docstring.
 
     Compiled packages attach documentation with calls such as `add_newdoc("numpy", "abs", "...")`,
     and templates stand in assignments such as `_shared_docs["merge"] = "..."`: long literals under
     a call or an assignment in whose name "doc" occurs.
     """
-    for node in ast.walk(tree):
+    lines = [i for i, line in enumerate(source.split("\n"), 1) if "doc" in line.lower()]
+    for node in _walk_lines(tree, lines):  # all nodes would take a minute
         if isinstance(node, ast.Call):
             values = [*node.args, *(keyword.value for keyword in node.keywords)]
-            named = ast.unparse(node.func)
+            target = node.func
         elif isinstance(node, ast.Assign):
-            named, values = ast.unparse(node.targets[0]), [node.value]
+            target, values = node.targets[0], [node.value]
         else:
             continue
-        if len(named) > 60 or "doc" not in named.lower():
+        if not _mentions_doc(target) or len(named := ast.unparse(target)) > 60:
             continue
         constants = [v.value for v in values if isinstance(v, ast.Constant)]
         words = [c for c in constants if isinstance(c, str) and len(c) < 40]
@@ -101,6 +117,22 @@ def _strings_in_doc_statements(tree: ast.Module) -> Iterator[tuple[str, str]]:
                 text = leaf.value if isinstance(leaf, ast.Constant) else None
                 if isinstance(text, str) and len(text) >= MIN_DOCUMENT:
                     yield ".".join([named, *words]), inspect.cleandoc(text)
+
+
+def _mentions_doc(expression: ast.expr) -> bool:
+    """Whether "doc" is in a name, attribute or string of an expression; unparsing all is slow."""
+    for part in ast.walk(expression):
+        if isinstance(part, ast.Name):
+            word = part.id
+        elif isinstance(part, ast.Attribute):
+            word = part.attr
+        elif isinstance(part, ast.Constant):
+            word = str(part.value)
+        else:
+            continue
+        if "doc" in word.lower():
+            return True
+    return False
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
@@ -125,7 +157,7 @@ def documents_in(source: str, where: str) -> list[tuple[str, str]]:
     for node in tree.body:
         label = getattr(node, "name", "")
         found.append((f"{where}:{label}", "\n\n".join(_docstrings(node))))
-    found += [(f"{where}:{n}", text) for n, text in _strings_in_doc_statements(tree)]
+    found += [(f"{where}:{n}", text) for n, text in _strings_in_doc_statements(tree, source)]
     return [(name, text) for name, text in found if len(text) >= MIN_DOCUMENT]
 
 
