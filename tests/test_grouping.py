@@ -114,6 +114,24 @@ def test_dominant_expert_by_hand():
         assert alone == [[0, 2, 3, 4, 5], [1]]
 
 
+def test_ties_up_to_rounding_are_ties():
+    # Expert 2 is as near to anchor 0 as to anchor 1, if the last bits are not believed.
+    for noise in (-1e-15, 1e-15):
+        router = np.array([[1, 0, 0.5], [0, 1, 0.5 + noise], [0.5, 0.5 + noise, 1]])
+        layer = hand_layer(3, 2, router_gram=router)
+        groups = grouping.dominant_expert(np.arange(3), np.ones(3), layer, 2)
+        assert groups == [[0, 2], [1]]
+        # As distances: 0-2 and 1-2 tie, and the lower ids join.
+        assert cluster(np.arange(3), router, 2) == [[0, 2], [1]]
+
+
+def test_equal_importance_is_dealt_as_ranked():
+    kept = np.random.default_rng(0).permutation(60)
+    layer = hand_layer(60, 4)
+    groups = grouping.round_robin(kept, np.ones(60), layer, 4)
+    assert groups == sorted(sorted(kept[start::4].tolist()) for start in range(4))
+
+
 def test_importance_does_not_move_anchors():
     layer, _, _ = simulate(experts=10, top_k=3)
     kept = np.array([7, 2, 9, 1, 0])

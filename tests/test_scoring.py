@@ -8,7 +8,7 @@ import pytest
 from choose_layers import hand_layer, permuted, simulate
 
 from m2d.choose import scoring
-from m2d.choose.greedy import greedy_log_determinant
+from m2d.choose.greedy import first_maximum, greedy_log_determinant
 from m2d.choose.names import PAPER_SCORINGS, TERMS
 from m2d.choose.ranking import Ranking, rankings_from_dict, rankings_to_dict, round_significant
 from m2d.choose.scoring import SCORINGS
@@ -134,6 +134,14 @@ def test_exhausted_rank_falls_back_on_importance():
     fallback = np.array([1.0, 2.0, 5.0, 3.0, 1.0])
     # 3 (9) first, then 1 (4); nothing is left of rank 2, and 2, 0, 4 follow by importance, then id.
     assert greedy_log_determinant(vectors @ vectors.T, fallback).tolist() == [3, 1, 2, 0, 4]
+
+
+def test_ties_up_to_rounding_go_to_the_lower_id():
+    free = np.array([False, True, True, True])
+    for scale in (1.0, 1e-9):
+        values = np.array([9.0, 1.0, 1.0 + 1e-15, 0.5]) * scale
+        assert first_maximum(values, free) == 1
+        assert first_maximum(np.array([9.0, 1.0, 1.0 + 1e-9, 0.5]) * scale, free) == 2
 
 
 def test_experts_never_selected_come_last():

@@ -68,7 +68,7 @@ def greedy_regression(
         if gain[pick] <= TIE * gains[0]:
             break
         step, root = len(order), np.sqrt(schur[pick])
-        row = cholesky_row(gram[pick], factor[:step], pick, schur[pick], penalty)
+        row = cholesky_row(gram[pick], factor[:step], pick, schur[pick])
         new = (cross[pick] - factor[:step, pick] @ explained[:step]) / root
         # The residual's inner products are not kept, [N, H], only their squares: each loses the
         # part row * new.
@@ -82,17 +82,13 @@ def greedy_regression(
     return np.concatenate([np.array(order, dtype=np.int64), left]), gains
 
 
-def cholesky_row(
-    inner: Vector, factor: Matrix, pick: int, schur: float, penalty: float = 0.0
-) -> Vector:
+def cholesky_row(inner: Vector, factor: Matrix, pick: int, schur: float) -> Vector:
     """The Cholesky factor's next column, over all N candidates.
 
-    inner: [N] the matrix's row of the pick, to whose diagonal entry `penalty` is added; factor:
-    [|S|, N] the columns so far; schur: the pick's Schur complement.
+    inner: [N] the matrix's row of the pick (its own entry, where a penalty would be added, does not
+    matter to the others); factor: [|S|, N] the columns so far; schur: the pick's Schur complement.
     """
-    row = inner - factor[:, pick] @ factor
-    row[pick] += penalty
-    return row / np.sqrt(schur)
+    return (inner - factor[:, pick] @ factor) / np.sqrt(schur)
 
 
 def first_maximum(values: Vector, free: np.ndarray) -> int:

@@ -121,11 +121,10 @@ def merge_weights(group: list[int], importance: Vector) -> list[float]:
     Equal weights where every importance is 0.
     """
     share = importance[group]
-    top = float(share.max())
-    if top <= 0.0:
+    total = float(share.sum())
+    if total <= 0.0:
         return [1.0 / len(group)] * len(group)
-    share = share / top  # first by the largest, so that tiny importances do not underflow
-    return (share / share.sum()).tolist()
+    return (share / total).tolist()
 
 
 def cluster(

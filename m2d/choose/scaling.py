@@ -34,11 +34,10 @@ def proportional(
     """
     reduce = np.sum if group_importance == "sum" else np.mean
     share = np.array([float(reduce(importance[group])) for group in groups])
-    top = float(share.max())
-    if top <= 0.0:
+    total = float(share.sum())
+    if total <= 0.0:
         return uniform(groups, importance, layer)
-    share = share / top
-    return total_weight(layer) * share / share.sum()
+    return total_weight(layer) * (share / total)
 
 
 def least_squares(
