@@ -126,10 +126,11 @@ def test_ties_up_to_rounding_are_ties():
 
 
 def test_equal_importance_is_dealt_as_ranked():
-    kept = np.random.default_rng(0).permutation(60)
-    layer = hand_layer(60, 4)
-    groups = grouping.round_robin(kept, np.ones(60), layer, 4)
-    assert groups == sorted(sorted(kept[start::4].tolist()) for start in range(4))
+    kept = np.random.default_rng(0).permutation(300)
+    importance = np.random.default_rng(1).integers(0, 3, 300).astype(float)
+    dealt = sorted(kept.tolist(), key=lambda expert: -importance[expert])
+    groups = grouping.round_robin(kept, importance, hand_layer(300, 4), 4)
+    assert groups == sorted(sorted(dealt[start::4]) for start in range(4))
 
 
 def test_importance_does_not_move_anchors():

@@ -74,6 +74,19 @@ def test_greedy_passes_over_what_others_already_say():
     np.testing.assert_allclose(gains, [9, 4, 1, 0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_exhausted_is_seen_through_rounding(seed):
+    rng = np.random.default_rng(seed)
+    columns = rng.normal(size=(50, 4)) @ rng.normal(size=(4, 10))
+    target = rng.normal(size=(50, 2))
+    gram, cross = columns.T @ columns, columns.T @ target
+    order, gains = greedy_regression(gram, cross, 10, 0.0, np.arange(10.0))
+    # Whichever comes fourth spans what is left: all are equal then, up to rounding.
+    assert order.tolist()[:3] == explicit_regression(columns, target, 3)[0]
+    assert order.tolist()[4:] == sorted(set(range(10)) - set(order.tolist()[:4]), reverse=True)
+    assert gains[4:].tolist() == [0.0] * 6
+
+
 def test_greedy_with_nothing_to_gain_falls_back():
     fallback = np.array([0.0, 2.0, 1.0, 2.0])
     for gram, cross in ((np.eye(4), np.zeros((4, 2))), (np.zeros((4, 4)), np.zeros((4, 2)))):

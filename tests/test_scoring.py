@@ -136,6 +136,13 @@ def test_exhausted_rank_falls_back_on_importance():
     assert greedy_log_determinant(vectors @ vectors.T, fallback).tolist() == [3, 1, 2, 0, 4]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_exhausted_rank_is_seen_through_rounding(seed):
+    vectors = np.random.default_rng(seed).normal(size=(12, 3))
+    order = greedy_log_determinant(vectors @ vectors.T, np.arange(12.0)).tolist()
+    assert order[3:] == sorted(set(range(12)) - set(order[:3]), reverse=True)
+
+
 def test_ties_up_to_rounding_go_to_the_lower_id():
     free = np.array([False, True, True, True])
     for scale in (1.0, 1e-9):
