@@ -72,8 +72,8 @@ class StreamedTeacher:
         _check_state(self.model, state, self.checkpoint, "")
         self.model.load_state_dict(state, strict=False, assign=True)
         self.model.tie_weights()
-        cast(nn.Module, self.model).to(self.device)
         _require_loaded(self.model, self.checkpoint, "")
+        cast(nn.Module, self.model).to(self.device)
 
     def _read(self, name: str) -> Tensor:
         tensor = self.checkpoint.read(name)

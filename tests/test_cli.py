@@ -1,0 +1,191 @@
+"""Bad input: one line, exit code 2, nothing written. Start-up without torch."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_teacher
+from safetensors.torch import save_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from m2d import cli
+from m2d.tokens import write_tokens
+
+
+def refused(words: list, out: Path, capsys: pytest.CaptureFixture) -> str:  # type: ignore[type-arg]
+    """Run, expect exit code 2 and one line on stderr, and nothing left where `out` would be."""
+    before = sorted(out.parent.iterdir())
+    try:
+        code = cli.main([str(word) for word in words])
+    except SystemExit as stop:  # argparse's own refusals
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert sorted(out.parent.iterdir()) == before
+    lines = [line for line in captured.err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def convert(teacher: object, out: Path, text: Path, *more: object) -> list:  # type: ignore[type-arg]
+    size = ["--sequences", 2, "--length", 8]
+    return ["convert", teacher, out, "--text", text, *size, *more]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place" / "student"
+
+
+def test_a_missing_teacher(out, tiny_text, capsys, tmp_path) -> None:
+    assert "no such folder" in refused(convert(tmp_path / "no", out, tiny_text), out, capsys)
+
+
+def test_a_hub_id_that_cannot_be_had(out, tiny_text, capsys) -> None:
+    assert "owner/name" in refused(convert("owner/name", out, tiny_text), out, capsys)
+
+
+def test_a_folder_that_is_no_model(out, tiny_text, capsys, tmp_path) -> None:
+    assert "config.json: no such file" in refused(convert(tmp_path, out, tiny_text), out, capsys)
+
+
+def test_a_dense_teacher(out, tiny_text, capsys, tmp_path) -> None:
+    config = Qwen3Config(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, intermediate_size=16,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "dense")
+    line = refused(convert(tmp_path / "dense", out, tiny_text), out, capsys)
+    assert "qwen3" in line
+
+
+def test_a_teacher_without_sparse_layers(out, tiny_text, capsys, tmp_path) -> None:
+    folder = make_teacher(tmp_path / "t", mlp_only_layers=[0, 1])
+    line = refused(convert(folder, out, tiny_text), out, capsys)
+    assert "no layer has experts" in line
+
+
+def test_an_unknown_architecture(out, tiny_text, capsys, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
+    line = refused(convert(tmp_path, out, tiny_text), out, capsys)
+    assert "'nonesuch'" in line
+
+
+def test_code_in_a_checkpoint_is_not_run(out, tiny_text, capsys, tmp_path) -> None:
+    """A config that asks for its own modelling code is read as the stock class it names."""
+    folder = make_teacher(tmp_path / "t")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.E"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert cli.main([str(word) for word in convert(folder, out, tiny_text)]) == 0
+    assert not (tmp_path / "ran").exists()
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--scoring", "gld_raep", "did you mean gld_reap"),
+        ("--grouping", "nearest", "round_robin"),
+        ("--scaling", "none", "proportional"),
+        ("--keep", "1", "must lie between 2"),
+        ("--keep", "9", "and 8"),
+        ("--keep", "x", "whole number"),
+        ("--dtype", "int8", "invalid choice"),
+        ("--device", "quantum", "not available"),
+        ("--sequences", "100000", "give more text"),
+    ],
+)
+def test_bad_options(tiny_teacher, out, tiny_text, capsys, option, value, says) -> None:
+    words = [*convert(tiny_teacher, out, tiny_text), option, value]
+    assert says in refused(words, out, capsys)
+
+
+def test_an_out_that_exists_is_left_as_it_was(tiny_teacher, out, tiny_text, capsys) -> None:
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    assert "exists" in refused(convert(tiny_teacher, out, tiny_text), out, capsys)
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("cut", ["truncated", "missing", "garbage"])
+def test_an_unreadable_shard(tiny_teacher, out, tiny_text, capsys, tmp_path, cut) -> None:
+    folder = tmp_path / "t"
+    shutil.copytree(tiny_teacher, folder)
+    shard = folder / "model.safetensors"
+    if cut == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:5000] if cut == "truncated" else b"\xff" * 5000)
+    assert "model.safetensors" in refused(convert(folder, out, tiny_text), out, capsys)
+
+
+def test_token_ids_outside_the_vocabulary(tiny_teacher, out, capsys, tmp_path) -> None:
+    write_tokens(tmp_path / "c.safetensors", torch.full((2, 8), 300), {})
+    words = ["convert", tiny_teacher, out, "--calibration", tmp_path / "c.safetensors"]
+    assert "token id 300 is outside the model's vocabulary of 300" in refused(words, out, capsys)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"tokens": torch.zeros(2, 8, dtype=torch.long)},
+        {"input_ids": torch.zeros(8, dtype=torch.long)},
+        {"input_ids": torch.zeros(2, 8)},
+    ],
+)
+def test_a_file_that_holds_no_tokens(tiny_teacher, out, capsys, tmp_path, tensors) -> None:
+    save_file(tensors, tmp_path / "c.safetensors")
+    words = ["convert", tiny_teacher, out, "--calibration", tmp_path / "c.safetensors"]
+    assert "input_ids" in refused(words, out, capsys)
+
+
+def test_text_that_cannot_be_read(tiny_teacher, out, capsys, tmp_path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "b.csv").write_text("text")
+    (tmp_path / "c.jsonl").write_text('{"body": 1}\n')
+    for name, says in [("a.txt", "no text"), ("b.csv", "unknown kind"), ("c.jsonl", "no text"),
+                       ("d.txt", "no such file")]:  # fmt: skip
+        assert says in refused(convert(tiny_teacher, out, tmp_path / name), out, capsys)
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from m2d.cli import build_parser; build_parser(None).format_help();"
+        "assert not {'torch', 'transformers', 'pandas', 'numpy'} & set(sys.modules), sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ranking_needs_no_torch() -> None:
+    code = "import sys, m2d.stages.rank; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_kill_leaves_no_student(tiny_teacher, tiny_text, tmp_path) -> None:
+    """SIGKILL while the student is being written: no folder, and a later run succeeds."""
+    out = tmp_path / "student"
+    code = (
+        "import os, signal, sys\n"
+        "from m2d.models import student\n"
+        "make, count = student.StudentTensors.make, [0]\n"
+        "def killing(self, name, plan):\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return make(self, name, plan)\n"
+        "student.StudentTensors.make = killing\n"
+        "from m2d.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    words = [str(word) for word in convert(tiny_teacher, out, tiny_text)]
+    assert subprocess.run([sys.executable, "-c", code, *words]).returncode == -9
+    assert not out.exists()
+    assert cli.main(words) == 0
+    assert (out / "model.safetensors").exists()

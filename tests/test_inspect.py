@@ -1,0 +1,67 @@
+"""Sizes from the config alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import m2d
+from m2d.cli import main
+
+# Qwen/Qwen3-30B-A3B's config.json, what matters of it.
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+}
+
+
+def facts_of(folder: Path, capsys: pytest.CaptureFixture) -> dict:
+    assert main(["inspect", str(folder), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_published_student(tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    facts = facts_of(tmp_path, capsys)
+    assert facts["student_parameters"] == 3_340_449_792
+    assert facts["teacher_parameters"] == 30_532_122_624
+    assert facts["student_architecture"] == "Qwen3ForCausalLM"
+    assert facts["family"] == "qwen3_moe"
+    assert (facts["num_layers"], facts["num_moe_layers"]) == (48, 48)
+    assert (facts["num_experts"], facts["top_k"]) == (128, 8)
+    assert [row["keep"] for row in facts["students"]] == [8, 16, 32, 64, 128]
+    assert all(row["intermediate_size"] == 6144 for row in facts["students"])
+    assert facts["conversion"]["write_bytes"] == 2 * 3_340_449_792
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "3,340,449,792" in capsys.readouterr().out
+
+
+def test_a_written_student_has_the_promised_parameters(
+    tmp_path: Path, tiny_teacher: Path, tiny_text: Path, capsys
+) -> None:
+    promised = facts_of(tiny_teacher, capsys)["student_parameters"]
+    out = m2d.convert(tiny_teacher, tmp_path / "s", text=[tiny_text], sequences=2, length=8)
+    tensors = load_file(out / "model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == promised
+    assert json.loads((out / "m2d.json").read_text())["student"]["parameters"] == promised

@@ -1,0 +1,178 @@
+"""Routing and Gram statistics against a brute-force pass over the stock model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY
+from transformers import AutoModelForCausalLM
+
+from m2d.choose.inputs import LayerStatistics
+from m2d.conversion import collect_statistics
+from m2d.errors import UserError
+from m2d.models.stream import StreamedTeacher
+from m2d.models.teacher import open_teacher
+from m2d.stages.gram import inner_products
+from m2d.stages.stats import routing_sums
+from m2d.statistics import SUMS, read_layers, write_gram, write_routing
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def layers(tiny_teacher: Path, tokens: torch.Tensor) -> list[LayerStatistics]:
+    stream = StreamedTeacher(open_teacher(tiny_teacher), torch.float32, CPU)
+    return collect_statistics(stream, tokens, batch=2)
+
+
+@torch.no_grad()
+def brute_force(folder: Path, tokens: torch.Tensor) -> list[dict[str, np.ndarray]]:
+    """Every statistic, token by token and expert by expert, in float64 where sums are taken."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs: dict[int, torch.Tensor] = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(
+            lambda _, args, i=i: inputs.__setitem__(i, args[0].flatten(0, 1))
+        )
+    model(tokens)
+    results = []
+    for i, layer in enumerate(model.model.layers):
+        experts, router = layer.mlp.experts, layer.mlp.gate.weight
+        count, k = 8, 2
+        sums = {name: np.zeros(count) for name in ("n_selected", *SUMS)}
+        gram, dot, square = np.zeros((count, count)), np.zeros(count), 0.0
+        for x in inputs[i]:
+            p = torch.softmax(router @ x, 0).double().numpy()
+            selected = np.argsort(-p)[:k]
+            w = {e: p[e] / p[selected].sum() for e in selected}
+            f = []
+            for e in range(count):
+                gate, up = (experts.gate_up_proj[e] @ x).chunk(2)
+                inner = torch.nn.functional.silu(gate) * up
+                f.append((experts.down_proj[e] @ inner).double().numpy())
+            y = sum(w[e] * f[e] for e in selected)
+            sums["prob_sum"] += p
+            for e in selected:
+                norm = np.linalg.norm(f[e])
+                sums["n_selected"][e] += 1
+                sums["prob_sum_selected"][e] += p[e]
+                sums["weight_sum"][e] += w[e]
+                sums["out_norm_sum_selected"][e] += norm
+                sums["weighted_out_norm_sum"][e] += w[e] * norm
+                sums["out_sq_norm_sum_selected"][e] += norm**2
+            gram += np.array(f) @ np.array(f).T
+            dot += np.array(f) @ y
+            square += y @ y
+        flat = torch.cat(
+            [experts.gate_up_proj.flatten(1), experts.down_proj.flatten(1)], 1
+        ).double()
+        n = len(inputs[i])
+        results.append(
+            {
+                **sums,
+                "gram": gram / n,
+                "output_dot": dot / n,
+                "output_sq_norm": np.array(square / n),
+                "weight_gram": (flat @ flat.T).numpy(),
+                "router_gram": (router.double() @ router.double().T).numpy(),
+            }
+        )
+    return results
+
+
+def test_every_statistic_equals_brute_force(
+    tiny_teacher: Path, tokens: torch.Tensor, layers: list[LayerStatistics]
+) -> None:
+    expected = brute_force(tiny_teacher, tokens)
+    assert len(expected) == len(layers) == 2
+    for found, reference in zip(layers, expected, strict=True):
+        assert found.routing.n_tokens == tokens.numel()
+        for name, value in reference.items():
+            part = found.routing if hasattr(found.routing, name) else found.gram
+            np.testing.assert_allclose(
+                getattr(part, name), value, rtol=2e-5, atol=1e-6, err_msg=f"{found.layer} {name}"
+            )
+
+
+def test_identities(layers: list[LayerStatistics], tokens: torch.Tensor) -> None:
+    for layer in layers:
+        routing, n = layer.routing, tokens.numel()
+        assert routing.n_selected.sum() == 2 * n
+        np.testing.assert_allclose(routing.prob_sum.sum(), n, rtol=1e-6)
+        np.testing.assert_allclose(routing.weight_sum.sum(), n, rtol=1e-6)  # renormalised top-k
+        gram = layer.gram.gram
+        np.testing.assert_array_equal(gram, gram.T)
+        assert np.linalg.eigvalsh(gram).min() > -1e-6 * np.trace(gram)
+
+
+def test_batching_does_not_matter(
+    tiny_teacher: Path, tokens: torch.Tensor, layers: list[LayerStatistics]
+) -> None:
+    stream = StreamedTeacher(open_teacher(tiny_teacher), torch.float32, CPU)
+    for one, other in zip(layers, collect_statistics(stream, tokens, 5), strict=True):
+        np.testing.assert_allclose(one.routing.prob_sum, other.routing.prob_sum, rtol=1e-6)
+        np.testing.assert_allclose(one.gram.gram, other.gram.gram, rtol=1e-4, atol=1e-7)
+
+
+def test_sums_by_hand() -> None:
+    """Two tokens, three experts, top-2."""
+    sums = routing_sums(
+        torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]),
+        torch.tensor([[0, 1], [2, 1]]),
+        torch.tensor([[0.6, 0.4], [0.8, 0.2]]),
+        torch.tensor([[2.0, 3.0], [4.0, 5.0]]),
+    )
+    expected = {
+        "n_selected": [1, 2, 1],
+        "prob_sum": [0.6, 0.5, 0.9],
+        "prob_sum_selected": [0.5, 0.5, 0.7],
+        "weight_sum": [0.6, 0.6, 0.8],
+        "out_norm_sum_selected": [2, 8, 4],
+        "weighted_out_norm_sum": [1.2, 2.2, 3.2],
+        "out_sq_norm_sum_selected": [4, 34, 16],
+    }
+    assert int(sums["n_tokens"]) == 2
+    for name, value in expected.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inner_products_are_of_float32_accuracy(dtype: torch.dtype) -> None:
+    """Also for bfloat16 rows, whose products a plain matrix product would round to 3 digits."""
+    rows = torch.randn(70, 200_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, exact = inner_products(rows), rows.double() @ rows.double().T
+    error = (found - exact).abs().max() / exact.abs().max()
+    assert error < 2e-6
+    assert (found == found.T).all()
+    assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+
+
+def test_files_round_trip(tmp_path: Path, layers: list[LayerStatistics]) -> None:
+    about = {"model_type": "qwen3_moe", "num_experts": 8, "top_k": 2, "calibration_sha256": "x"}
+    write_routing(tmp_path / "s.parquet", {one.layer: one.routing for one in layers}, about)
+    write_gram(tmp_path / "g.safetensors", {one.layer: one.gram for one in layers}, about)
+    read = read_layers(tmp_path / "s.parquet", tmp_path / "g.safetensors")
+    for found, reference in zip(read, layers, strict=True):
+        assert (found.layer, found.top_k) == (reference.layer, 2)
+        np.testing.assert_array_equal(found.routing.prob_sum, reference.routing.prob_sum)
+        np.testing.assert_array_equal(found.gram.gram, reference.gram.gram.astype(np.float32))
+    write_gram(
+        tmp_path / "g.safetensors",
+        {one.layer: one.gram for one in layers},
+        {**about, "calibration_sha256": "y"},
+    )
+    with pytest.raises(UserError, match="calibration_sha256 is 'y'"):
+        read_layers(tmp_path / "s.parquet", tmp_path / "g.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file of any kind", b"PAR1PAR1"])
+def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "s").write_bytes(content)
+    with pytest.raises(UserError, match="not a routing statistics file"):
+        read_layers(tmp_path / "s", tmp_path / "s")
