@@ -48,7 +48,7 @@ def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     write_safetensors(file, specs_of(TENSORS), TENSORS.values(), {"format": "pt"})
     loaded = load_file(file)
-    assert list(loaded) and set(loaded) == set(TENSORS)
+    assert set(loaded) == set(TENSORS)
     assert all(same_bits(loaded[name], tensor) for name, tensor in TENSORS.items())
 
 
@@ -132,7 +132,7 @@ def test_a_missing_shard_and_a_missing_tensor_are_named(tmp_path: Path) -> None:
     (tmp_path / INDEX_NAME).write_text(
         json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
     )
-    with pytest.raises(UserError, match="shard model-00001-of-00002.safetensors is missing"):
+    with pytest.raises(UserError, match="shard model-00001-of-00002.* is missing"):
         Checkpoint(tmp_path)
     (tmp_path / INDEX_NAME).unlink()
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
