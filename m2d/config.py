@@ -74,7 +74,7 @@ def _resolve_methods(config: Config) -> None:
         for kind in ("scoring", "grouping", "scaling"):
             student[kind] = resolved(kind, student[kind], f"students.{name}.{kind}")
     for name, pipeline in config["pipelines"].items():
-        for key in ("scorings", "students", "distill", "tasks"):
+        for key in ("scorings", "students", "distill", "evaluations"):
             pipeline.setdefault(key, [])
         key = f"pipelines.{name}.scorings"
         pipeline["scorings"] = resolved_list("scoring", pipeline["scorings"], key)
@@ -93,11 +93,20 @@ def _check_names(config: Config) -> None:
     for name, teacher in config["teachers"].items():
         for use, tokens in teacher["tokens"].items():
             known("datasets", tokens["dataset"], f"teachers.{name}.tokens.{use}.dataset")
+    where: dict[str, str] = {}
+    for name, evaluation in config["evaluations"].items():
+        for task in evaluation["tasks"]:
+            if task in where:
+                raise UserError(
+                    f"config: evaluations.{name}.tasks: {task} stands in evaluations.{where[task]} "
+                    "already; scores go by task, so each may stand in one evaluation"
+                )
+            where[task] = name
     for name, pipeline in config["pipelines"].items():
         key = f"pipelines.{name}"
         if not name.startswith("all_"):
             raise UserError(f"config: {key}: a pipeline is a target; its name must begin with all_")
-        for section in ("teachers", "students", "tasks"):
+        for section in ("teachers", "students", "evaluations"):
             for i, item in enumerate(pipeline[section]):
                 known(section, item, f"{key}.{section}.{i}")
         for i, entry in enumerate(pipeline["distill"]):

@@ -30,7 +30,6 @@ wildcard_constraints:
     variant="|".join(["merged", *config["recipes"]]),
     tokens="calibration|test|distillation",
     scoring="[a-z_]+",
-    task="|".join(config["tasks"]),
 
 
 def teacher_of(wildcards):
@@ -161,14 +160,28 @@ def launcher(wildcards):
 # ---- evaluate.smk
 
 
-def task_definitions(wildcards):
+def task_definitions(evaluation):
     """The folder of the demo's tasks, for those."""
-    return "<results>/tasks" if config["tasks"][wildcards.task].get("demo") else []
+    return "<results>/tasks" if config["evaluations"][evaluation].get("demo") else []
 
 
-def task_options(wildcards):
-    task = config["tasks"][wildcards.task]
-    options = f"--task {wildcards.task} --shots {task['shots']}"
-    if "limit" in task:
-        options += f" --limit {task['limit']}"
-    return options
+def scores_of(model, evaluation):
+    return [
+        f"{model}.eval/{task}.json"
+        for task in config["evaluations"][evaluation]["tasks"]
+    ]
+
+
+def evaluation_out(wildcards, output):
+    """`m2d evaluate` takes a file for one task and a folder for several."""
+    return output[0] if len(output) == 1 else str(Path(output[0]).parent)
+
+
+def evaluation_options(evaluation):
+    settings = config["evaluations"][evaluation]
+    options = [f"--task {task}" for task in settings["tasks"]] + [
+        f"--shots {settings['shots']}"
+    ]
+    return " ".join(
+        options + ([f"--limit {settings['limit']}"] if "limit" in settings else [])
+    )

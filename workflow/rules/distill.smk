@@ -20,7 +20,7 @@ rule distill_student:
     benchmark:
         "<benchmarks>/distill_student/{teacher}/{student}/{recipe}.tsv"
     conda:
-        "m2d"
+        "../envs/m2d.yaml"
     threads: 1
     resources:
         gpu=lambda wildcards: recipe_of(wildcards)["gpus"],

@@ -1,69 +1,78 @@
 # Scores on lm-eval's tasks, of teachers, students and distilled students.
 # in:  a model folder; <results>/tasks/ for the demo's tasks
 # out: <results>/{teacher}/teacher.eval/{task}.json, students/{student}/{variant}.eval/{task}.json
+#
+# One rule per evaluation of the config, since an evaluation's tasks are its outputs: it loads the
+# model once for all of them.
 
+for evaluation in config["evaluations"]:
 
-rule evaluate_teacher:
-    """Score a teacher on one task."""
-    input:
-        tasks=task_definitions,
-        teacher=teacher_files,
-    output:
-        "<results>/{teacher}/teacher.eval/{task}.json",
-    log:
-        "<logs>/evaluate_teacher/{teacher}/{task}.log",
-    benchmark:
-        "<benchmarks>/evaluate_teacher/{teacher}/{task}.tsv"
-    conda:
-        "m2d"
-    threads: 1
-    resources:
-        gpu=gpus,
-        mem_mb=memory,
-        runtime=minutes,
-    params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
-        dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
-        options=task_options,
-        include=lambda wildcards, input: (
-            f"--include {input.tasks}" if input.tasks else ""
-        ),
-        code=code("m2d.stages.evaluate"),
-    shell:
-        """
-        m2d evaluate {params.model} {output} {params.options} {params.include} \
-            --dtype {params.dtype} >{log} 2>&1
-        """
+    rule:
+        """Score a teacher on the tasks of one evaluation."""
+        name:
+            f"evaluate_teacher_{evaluation}"
+        input:
+            tasks=task_definitions(evaluation),
+            teacher=teacher_files,
+        output:
+            scores_of("<results>/{teacher}/teacher", evaluation),
+        log:
+            f"<logs>/evaluate_teacher/{{teacher}}/{evaluation}.log",
+        benchmark:
+            f"<benchmarks>/evaluate_teacher/{{teacher}}/{evaluation}.tsv"
+        conda:
+            "../envs/m2d.yaml"
+        threads: 1
+        resources:
+            gpu=gpus,
+            mem_mb=memory,
+            runtime=minutes,
+        params:
+            model=lambda wildcards: teacher_of(wildcards)["model"],
+            out=evaluation_out,
+            options=evaluation_options(evaluation),
+            dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
+            include=lambda wildcards, input: (
+                f"--include {input.tasks}" if input.tasks else ""
+            ),
+            code=code("m2d.stages.evaluate"),
+        shell:
+            """
+            m2d evaluate {params.model} {params.out} {params.options} {params.include} \
+                --dtype {params.dtype} >{log} 2>&1
+            """
 
-
-rule evaluate_student:
-    """Score a student, merged or distilled, on one task."""
-    input:
-        model="<results>/{teacher}/students/{student}/{variant}",
-        tasks=task_definitions,
-        ranking=ranking_of,
-    output:
-        "<results>/{teacher}/students/{student}/{variant}.eval/{task}.json",
-    log:
-        "<logs>/evaluate_student/{teacher}/{student}/{variant}/{task}.log",
-    benchmark:
-        "<benchmarks>/evaluate_student/{teacher}/{student}/{variant}/{task}.tsv"
-    conda:
-        "m2d"
-    threads: 1
-    resources:
-        gpu=gpus,
-        mem_mb=memory,
-        runtime=minutes,
-    params:
-        dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
-        options=task_options,
-        include=lambda wildcards, input: (
-            f"--include {input.tasks}" if input.tasks else ""
-        ),
-        code=code("m2d.stages.evaluate"),
-    shell:
-        """
-        m2d evaluate {input.model} {output} {params.options} {params.include} \
-            --dtype {params.dtype} >{log} 2>&1
-        """
+    rule:
+        """Score a student, merged or distilled, on the tasks of one evaluation."""
+        name:
+            f"evaluate_student_{evaluation}"
+        input:
+            model="<results>/{teacher}/students/{student}/{variant}",
+            tasks=task_definitions(evaluation),
+            ranking=ranking_of,
+        output:
+            scores_of("<results>/{teacher}/students/{student}/{variant}", evaluation),
+        log:
+            f"<logs>/evaluate_student/{{teacher}}/{{student}}/{{variant}}/{evaluation}.log",
+        benchmark:
+            f"<benchmarks>/evaluate_student/{{teacher}}/{{student}}/{{variant}}/{evaluation}.tsv"
+        conda:
+            "../envs/m2d.yaml"
+        threads: 1
+        resources:
+            gpu=gpus,
+            mem_mb=memory,
+            runtime=minutes,
+        params:
+            out=evaluation_out,
+            options=evaluation_options(evaluation),
+            dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
+            include=lambda wildcards, input: (
+                f"--include {input.tasks}" if input.tasks else ""
+            ),
+            code=code("m2d.stages.evaluate"),
+        shell:
+            """
+            m2d evaluate {input.model} {params.out} {params.options} {params.include} \
+                --dtype {params.dtype} >{log} 2>&1
+            """

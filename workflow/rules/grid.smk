@@ -18,7 +18,7 @@ rule measure_grid:
     benchmark:
         "<benchmarks>/measure_grid/{teacher}/{scoring}.tsv"
     conda:
-        "m2d"
+        "../envs/m2d.yaml"
     threads: 1
     resources:
         gpu=gpus,

@@ -18,7 +18,7 @@ rule merge_student:
     benchmark:
         "<benchmarks>/merge_student/{teacher}/{student}.tsv"
     conda:
-        "m2d"
+        "../envs/m2d.yaml"
     threads: 1
     resources:
         mem_mb=memory,

@@ -15,7 +15,7 @@ rule measure_teacher:
     benchmark:
         "<benchmarks>/measure_teacher/{teacher}.tsv"
     conda:
-        "m2d"
+        "../envs/m2d.yaml"
     threads: 1
     resources:
         gpu=gpus,
@@ -45,7 +45,7 @@ rule measure_student:
     benchmark:
         "<benchmarks>/measure_student/{teacher}/{student}/{variant}.tsv"
     conda:
-        "m2d"
+        "../envs/m2d.yaml"
     threads: 1
     resources:
         gpu=gpus,

@@ -38,11 +38,12 @@ def perplexities_of(pipeline):
 def evaluations_of(pipeline):
     settings = config["pipelines"][pipeline]
     teachers = expand("<results>/{teacher}/teacher", teacher=settings["teachers"])
-    return expand(
-        "{model}.eval/{task}.json",
-        model=[*teachers, *models_of(pipeline)],
-        task=settings["tasks"],
-    )
+    return [
+        file
+        for model in [*teachers, *models_of(pipeline)]
+        for evaluation in settings["evaluations"]
+        for file in scores_of(model, evaluation)
+    ]
 
 
 def rankings_of(pipeline):

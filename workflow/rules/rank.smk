@@ -26,7 +26,7 @@ checkpoint rank_experts:
     benchmark:
         "<benchmarks>/rank_experts/{teacher}/{scoring}.tsv"
     conda:
-        "m2d"
+        "../envs/m2d.yaml"
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,

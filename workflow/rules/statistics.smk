@@ -15,7 +15,7 @@ rule compute_statistics:
     benchmark:
         "<benchmarks>/compute_statistics/{teacher}.tsv"
     conda:
-        "m2d"
+        "../envs/m2d.yaml"
     threads: 1
     resources:
         gpu=gpus,
@@ -43,7 +43,7 @@ rule compute_gram:
     benchmark:
         "<benchmarks>/compute_gram/{teacher}.tsv"
     conda:
-        "m2d"
+        "../envs/m2d.yaml"
     threads: 1
     resources:
         gpu=gpus,

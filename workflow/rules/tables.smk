@@ -24,7 +24,7 @@ rule make_tables:
     benchmark:
         "<benchmarks>/make_tables/{pipeline}.tsv"
     conda:
-        "m2d"
+        "../envs/m2d.yaml"
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
@@ -59,7 +59,7 @@ rule draw_figures:
     benchmark:
         "<benchmarks>/draw_figures/{pipeline}.tsv"
     conda:
-        "m2d"
+        "../envs/m2d.yaml"
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,

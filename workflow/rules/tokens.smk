@@ -15,7 +15,7 @@ rule make_tokens:
     benchmark:
         "<benchmarks>/make_tokens/{teacher}/{tokens}.tsv"
     conda:
-        "m2d"
+        "../envs/m2d.yaml"
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
