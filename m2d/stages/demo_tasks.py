@@ -27,10 +27,10 @@ Document = dict[str, str]  # text, domain, name
 Item = dict[str, Any]
 T = TypeVar("T")
 
-ITEMS = 240  # per task; a standard error of about 3 points
+ITEMS = 200  # per task; a standard error of about 3 points
 CHOICES = 4
-CONTEXT = 200  # characters, about 50 tokens
-CONTINUATION = 80
+CONTEXT = 150  # characters, about 40 tokens
+CONTINUATION = 60
 MIN_DESCRIPTION = 20
 
 # name : type, then an indented description (numpydoc)
