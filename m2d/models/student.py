@@ -44,7 +44,11 @@ def merge_gate_or_up(read: Callable[[int], Tensor], plan: LayerPlan) -> Tensor:
 
     read(expert) gives the expert's tensor [I, H]. A group of one is copied exactly.
     """
-    return torch.cat([_average(read, group.experts, group.weights) for group in plan.groups])
+    parts = []
+    for group in plan.groups:
+        part = _average(read, group.experts, group.weights)
+        parts.append(part if group.neurons is None else part[list(group.neurons)])
+    return torch.cat(parts)
 
 
 def merge_down(read: Callable[[int], Tensor], plan: LayerPlan) -> Tensor:
@@ -55,6 +59,7 @@ def merge_down(read: Callable[[int], Tensor], plan: LayerPlan) -> Tensor:
     parts = []
     for group in plan.groups:
         part = _average(read, group.experts, group.weights)
+        part = part if group.neurons is None else part[:, list(group.neurons)]
         parts.append((part.float() * group.scale).to(part.dtype))
     return torch.cat(parts, dim=1)
 
