@@ -36,6 +36,7 @@ COLUMNS = {
     "keep": "Int64",
     "groups": "Int64",
     "parameters": "Int64",
+    "bytes": "Int64",
     "tokens": "Int64",
     "teacher_top_k": "Int64",
     "task": "string",
@@ -47,6 +48,13 @@ COLUMNS = {
     "source": "string",
 }
 PAPER_TASKS = ("winogrande", "hellaswag", "arc_easy", "arc_challenge", "mmlu")
+# Accuracy of guessing, where a task has the same number of choices throughout.
+CHANCE = {
+    "winogrande": 0.5,
+    **dict.fromkeys(("hellaswag", "arc_easy", "arc_challenge", "mmlu"), 0.25),
+    **dict.fromkeys(("demo_continuation", "demo_package", "demo_parameter"), 0.25),
+}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # A task's score is the first of these that it has, as in the paper.
 SCORES = ("acc_norm", "acc", "exact_match", "f1")
 
@@ -129,21 +137,32 @@ def read_grid(files: Iterable[str | Path]) -> pd.DataFrame:
 
 
 def read_provenance(files: Iterable[str | Path]) -> dict[Place, dict[str, Any]]:
-    """What the m2d.json of each student says, as columns of the long format."""
+    """What the m2d.json of each student says of it and of its teacher, as columns of the format."""
     found = {}
     for file in files:
         content = read_json(file)
         if not isinstance(content, dict):
             raise UserError(f"{file}: not a student's m2d.json")
         plan, distillation = content.get("plan") or {}, content.get("distillation") or {}
+        size = DTYPE_BYTES.get(str(content.get("dtype")).removeprefix("torch."))
         place = place_of(file)
         found[place] = {
             **{key: plan.get(key) for key in ("scoring", "grouping", "scaling", "keep", "groups")},
-            "parameters": (content.get("student") or {}).get("parameters"),
+            **_sizes(content.get("student"), size),
             "tokens": distillation.get("tokens"),
             "teacher_top_k": distillation.get("teacher_top_k"),
         }
+        sizes = _sizes(content.get("teacher"), size)
+        found[Place(place.teacher, "", "teacher")] = sizes
     return found
+
+
+def _sizes(model: Any, bytes_per_weight: int | None) -> dict[str, int | None]:
+    """Parameters and bytes of a model that m2d.json describes."""
+    parameters = model.get("parameters") if isinstance(model, dict) else None
+    if parameters is None or bytes_per_weight is None:
+        return {"parameters": parameters, "bytes": None}
+    return {"parameters": parameters, "bytes": parameters * bytes_per_weight}
 
 
 def about(place: Place, provenance: dict[Place, dict[str, Any]]) -> dict[str, Any]:
@@ -192,7 +211,7 @@ def read_evaluations(
 
 
 def read_published() -> list[dict[str, Any]]:
-    """The paper's published scores (fractions, like ours), a row per task and one for the average."""
+    """The published scores (fractions, like ours), a row per task and one for the average."""
     file = importlib.resources.files("m2d").joinpath("data/published_results.csv")
     with importlib.resources.as_file(file) as path:
         table = pd.read_csv(path)

@@ -100,7 +100,8 @@ def write_students(folder: Path) -> dict[str, list[Path]]:
         base = root / "students" / f"{scoring}-k{keep}"
         plan = {"scoring": scoring, "grouping": "round_robin", "scaling": "uniform"}
         provenance = {
-            "teacher": {"name": TEACHER},
+            "teacher": {"name": TEACHER, "parameters": 4_961_000},
+            "dtype": "bfloat16",
             "student": {"parameters": 2_000_000},
             "plan": {**plan, "keep": keep, "groups": 4},
         }

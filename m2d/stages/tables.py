@@ -29,7 +29,7 @@ from m2d.table_html import show_number, table_html
 
 AXES = ("scoring", "grouping", "scaling", "keep")
 STUDENT = ["teacher", "student", "variant"]
-PLAN = ["scoring", "grouping", "scaling", "keep", "parameters", "tokens", "teacher_top_k"]
+PLAN = ["scoring", "grouping", "scaling", "keep", "parameters", "bytes", "tokens", "teacher_top_k"]
 # table -> (title, caption)
 TABLES = {
     "results": (
@@ -269,8 +269,8 @@ def write_table(frame: pd.DataFrame, name: str, folder: Path) -> None:
         frame.to_parquet(temporary, index=False)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, help="the folder to write the tables into")
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """The files of a run, for tables and figures alike."""
     parser.add_argument("--grid", nargs="*", default=[], metavar="FILE", help="from m2d grid")
     parser.add_argument(
         "--perplexity", nargs="*", default=[], metavar="FILE", help="from m2d perplexity --out"
@@ -281,6 +281,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--provenance", nargs="*", default=[], metavar="FILE", help="the students' m2d.json"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="the folder to write the tables into")
+    add_result_options(parser)
     parser.add_argument("--benchmarks", type=Path, help="folder of Snakemake's benchmark files")
 
 
