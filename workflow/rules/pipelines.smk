@@ -46,6 +46,26 @@ def evaluations_of(pipeline):
     ]
 
 
+def metrics_of(pipeline):
+    """The training curves, which are in the folders of distilled students."""
+    runs = runs_of(pipeline)
+    return [
+        f"{config['results']}/{t}/students/{s}/{v}/metrics.jsonl"
+        for t, s, v in runs
+        if v != "merged"
+    ]
+
+
+def statistics_of(pipeline):
+    teachers = config["pipelines"][pipeline]["teachers"]
+    return expand("<results>/{teacher}/statistics.parquet", teacher=teachers)
+
+
+def gram_of(pipeline):
+    teachers = config["pipelines"][pipeline]["teachers"]
+    return expand("<results>/{teacher}/gram.safetensors", teacher=teachers)
+
+
 def rankings_of(pipeline):
     """The rankings behind a pipeline's grids and students; see rules/rank.smk."""
     settings = config["pipelines"][pipeline]

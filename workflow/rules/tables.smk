@@ -1,5 +1,5 @@
 # Tables and figures of everything that a pipeline measured.
-# in:  grids, perplexities and scores of the pipeline
+# in:  grids, perplexities, scores and students of the pipeline; the teachers' statistics
 # out: <results>/tables/{pipeline}/*.{csv,md,parquet,html}, <results>/figures/{pipeline}/*.{svg,png}
 
 
@@ -42,9 +42,14 @@ rule make_tables:
 
 
 rule draw_figures:
-    """Draw the figures of a pipeline's tables."""
+    """Draw a pipeline's results."""
     input:
-        "<results>/tables/{pipeline}",
+        grids=lambda wildcards: grids_of(wildcards.pipeline),
+        perplexities=lambda wildcards: perplexities_of(wildcards.pipeline),
+        evaluations=lambda wildcards: evaluations_of(wildcards.pipeline),
+        models=lambda wildcards: models_of(wildcards.pipeline),
+        statistics=lambda wildcards: statistics_of(wildcards.pipeline),
+        gram=lambda wildcards: gram_of(wildcards.pipeline),
         rankings=lambda wildcards: rankings_of(wildcards.pipeline),
     output:
         report(

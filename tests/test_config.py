@@ -1,0 +1,139 @@
+"""The config: the repository's own is valid, and every mistake is one line."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from m2d.config import check_config, load_config
+from m2d.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCHEMA = REPOSITORY / "workflow" / "schemas" / "config.schema.yaml"
+
+
+@pytest.fixture(scope="module")
+def original() -> dict[str, Any]:
+    return yaml.safe_load((REPOSITORY / "config.yaml").read_text(encoding="utf-8"))
+
+
+def changed(config: dict[str, Any], key: str, value: object) -> dict[str, Any]:
+    """A copy with the dotted `key` set, or removed where `value` is ...."""
+    config = copy.deepcopy(config)
+    *parents, last = key.split(".")
+    place: Any = config
+    for name in parents:
+        place = place[int(name) if isinstance(place, list) else name]
+    if value is ...:
+        del place[last]
+    else:
+        place[int(last) if isinstance(place, list) else last] = value
+    return config
+
+
+def test_repository_config(original: dict[str, Any]) -> None:
+    config = load_config(REPOSITORY / "config.yaml", SCHEMA)
+    assert config["students"]["do-acp-k4"]["scoring"] == "gld_reap"
+    assert config["students"]["sf-wc-k16"]["grouping"] == "weight_cluster"
+    assert config["pipelines"]["all_grid"]["students"] == []
+    assert config["grid"]["groupings"][0] == "round_robin"
+    tasks = config["evaluations"]
+    shots = {task: e["shots"] for e in tasks.values() for task in e["tasks"]}
+    papers = {"winogrande": 5, "hellaswag": 10, "arc_easy": 25, "arc_challenge": 25, "mmlu": 5}
+    assert papers.items() <= shots.items()
+    assert original["students"]["do-acp-k4"]["scoring"] == "DO-ACP"
+
+
+def test_paper_scale(original: dict[str, Any]) -> None:
+    teacher = original["teachers"]["qwen3-30b-a3b"]
+    assert teacher["tokens"]["calibration"] == {
+        "dataset": "fineweb-edu",
+        "sequences": 512,
+        "length": 2048,
+    }
+    assert teacher["keeps"] == [8, 16, 32, 64, 128]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("recipes.demo.learning_rat", 1, "recipes.demo: unknown key 'learning_rat'; did you mean "
+         "learning_rate? allowed: steps, batch"),
+        ("recipe", {}, "unknown key 'recipe'; did you mean recipes?"),
+        ("recipes.demo.learning_rate", ..., "recipes.demo: the key learning_rate is missing (Peak"),
+        ("recipes.demo.learning_rate", "fast", "recipes.demo.learning_rate: 'fast' is not of type"),
+        ("recipes.demo.learning_rate", 0, "recipes.demo.learning_rate: 0 is less than or equal"),
+        ("recipes.demo.decay", "lineer", "recipes.demo.decay: unknown value 'lineer'; did you mean "
+         "linear? allowed: linear, cosine, 1-sqrt"),
+        ("recipes.demo.warmup_steps", 149, "recipes.demo.steps: 150 is less than"),
+        ("recipes.demo.min_learning_rate", 1, "recipes.demo.min_learning_rate: 1 is more than"),
+        ("recipes.paper.gpus", 7, "recipes.paper.batch: 384 is not a multiple of device_batch"),
+        ("students.do-acp-k4.scoring", "DO-APC", "students.do-acp-k4.scoring: unknown scoring "
+         "'DO-APC'; did you mean gld_reap?"),
+        ("students.do-acp-k4.keep", 3, "students.do-acp-k4.keep: 3 experts cannot be kept of demo; "
+         "from 4 (its top_k) to 32"),
+        ("teachers.demo.keeps", [4, 33], "teachers.demo.keeps.1: 33 experts cannot be kept"),
+        ("teachers.demo.top_k", 40, "teachers.demo.top_k: 40 is more than its 32 experts"),
+        ("teachers.demo.tokens.test.dataset", "demo-tst", "teachers.demo.tokens.test.dataset: "
+         "unknown name in datasets 'demo-tst'; did you mean demo-test?"),
+        ("teachers.demo.tokens.distillation", ..., "pipelines.all_demo.distill: "
+         "teachers.demo.tokens has no `distillation`; add it"),
+        ("teachers.Demo", {}, "'Demo': lower-case letters"),
+        ("datasets.mine", {}, "datasets.mine: has 0 keys; exactly one of corpus, files, hub"),
+        ("datasets.demo-test", {"corpus": "tests"}, "datasets.demo-test.corpus: unknown value"),
+        ("recipes.merged", {"steps": 1, "learning_rate": 1, "gpus": 0, "mem_mb": 1, "runtime": 1},
+         "recipes.merged: this name is reserved"),
+        ("pipelines.all_demo.students.0", "do-acp", "all_demo.students.0: unknown name in "
+         "students 'do-acp'; did you mean do-acp-k"),
+        ("pipelines.all_demo.scorings", ["SF", "sf"], "scorings: selection_freq, selection_fr"),
+        ("pipelines.demo", {"teachers": []}, "pipelines.demo: a pipeline is a target"),
+        ("pipelines.all_demo.distill.0.recipe", "dem", "pipelines.all_demo.distill.0.recipe: "
+         "unknown name in recipes 'dem'; did you mean demo?"),
+        ("evaluations.mmlu.tasks", ["winogrande"], "evaluations.mmlu.tasks: winogrande stands in"),
+        ("grid.groupings", ["RR", "round_robin"], "grid.groupings: round_robin, round_robin: each"),
+    ],
+)  # fmt: skip
+def test_mistakes(original: dict[str, Any], key: str, value: object, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        check_config(changed(original, key, value), SCHEMA)
+    text = str(raised.value)
+    assert text.startswith("config: ")
+    assert message in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("values", [None, [], "text"])
+def test_not_a_mapping(values: object) -> None:
+    with pytest.raises(UserError, match="config: "):
+        check_config(values, SCHEMA)
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        load_config(tmp_path / "none.yaml", SCHEMA)
+    (tmp_path / "broken.yaml").write_text("a: [1", encoding="utf-8")
+    with pytest.raises(UserError, match="not YAML"):
+        load_config(tmp_path / "broken.yaml", SCHEMA)
+
+
+def test_every_schema_key_is_described() -> None:
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    undescribed = []
+
+    def visit(node: Any, path: str) -> None:
+        for name, child in node.get("properties", {}).items():
+            if "description" not in child:
+                undescribed.append(f"{path}.{name}")
+            visit(child, f"{path}.{name}")
+        for key in ("additionalProperties", "items"):
+            if isinstance(node.get(key), dict):
+                visit(node[key], f"{path}.*")
+        if "properties" in node:
+            assert node.get("additionalProperties") is False, path
+
+    visit(schema, "config")
+    for name, node in schema["$defs"].items():
+        visit(node, name)
+    assert undescribed == []

@@ -1,0 +1,297 @@
+"""The workflow itself: one complete run on a tiny teacher, and what re-runs after which edit.
+
+The complete run is real throughout. Tests of scheduling start from a copy of its results and put a
+stub in the place of every stage but ranking: which jobs run is the question there.
+"""
+
+import ast
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from workflow_project import (
+    REPOSITORY,
+    environment,
+    jobs_of,
+    make_project,
+    make_stub,
+    snakemake,
+    write_config,
+)
+
+# The runs share one finished project: keep them in one process under pytest-xdist.
+pytestmark = [pytest.mark.xdist_group("workflow"), pytest.mark.timeout(1200)]
+
+SCORING = "m2d/choose/scoring.py"
+NOTHING = "Nothing to be done"
+TABLES = ["draw_figures pipeline=all_wide", "make_tables pipeline=all_wide"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_text: Path) -> Path:
+    """A project with `all_tiny` complete, by the real stages."""
+    folder = make_project(tmp_path_factory.mktemp("workflow") / "p", tiny_teacher, tiny_text)
+    snakemake(folder, "all_tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_stub(tmp_path_factory.mktemp("stub") / "bin")
+
+
+@pytest.fixture(scope="module")
+def wide(finished: Path, stub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy where `all_wide` is complete too, with real rankings and stubs for the rest."""
+    folder = tmp_path_factory.mktemp("wide") / "p"
+    shutil.copytree(finished, folder)
+    snakemake(folder, "all_wide", stub=stub)
+    return folder
+
+
+@pytest.fixture
+def project(wide: Path, tmp_path: Path) -> Path:
+    """A copy of the complete project, for one test to edit."""
+    return Path(shutil.copytree(wide, tmp_path / "p"))
+
+
+@pytest.fixture
+def run(project: Path, stub: Path) -> Callable[..., list[str]]:
+    """Run `all_wide` in the project with the stub; returns the jobs that ran."""
+    return lambda *options: jobs_of(snakemake(project, "all_wide", *options, stub=stub).stdout)
+
+
+def edit_function(file: Path, name: str, change: Callable[[str], str]) -> None:
+    """Replace a top-level function's `return X` by `change("X")`."""
+    source = file.read_text(encoding="utf-8")
+    function = next(n for n in ast.parse(source).body if getattr(n, "name", "") == name)
+    assert isinstance(function, ast.FunctionDef)
+    last = function.body[-1]
+    assert isinstance(last, ast.Return)
+    assert last.value is not None
+    old, value = ast.get_source_segment(source, last), ast.get_source_segment(source, last.value)
+    assert old is not None
+    assert value is not None
+    assert source.count(old) == 1
+    file.write_text(source.replace(old, change(value)), encoding="utf-8")
+
+
+def same_ranking(value: str) -> str:
+    return f"result = {value}\n    return result"
+
+
+def other_ranking(value: str) -> str:
+    return f"result = {value}\n    return Ranking(result.order[::-1].copy(), result.importance)"
+
+
+def change_config(project: Path, section: str, name: str, **values: object) -> None:
+    config = yaml.safe_load((project / "config.yaml").read_text(encoding="utf-8"))
+    config[section][name] |= values
+    write_config(project, config)
+
+
+def uses_of(student: str) -> list[str]:
+    """The jobs on a student that exists already, merged and distilled."""
+    return [
+        f"{rule} student={student} variant={variant}"
+        for rule in ("evaluate_student_demo", "measure_student")
+        for variant in ("merged", "short")
+    ]
+
+
+def test_complete_run(finished: Path) -> None:
+    results = finished / "results"
+    grid = pd.read_parquet(results / "tiny/grid/gld_reap.parquet")
+    assert len(grid) == 4  # 2 groupings x 1 scaling x 2 values of K
+    assert (grid["perplexity"] > 1).all()
+    for name in ("merged", "short"):
+        model = results / "tiny/students/do-acp" / name
+        assert {"config.json", "model.safetensors", "plan.json", "m2d.json"} <= {
+            file.name for file in model.iterdir()
+        }
+        assert model.with_suffix(".perplexity.json").is_file()
+        assert (model.with_suffix(".eval") / "demo_continuation.json").is_file()
+    assert (results / "tables/all_tiny/grid.csv").is_file()
+    assert list((results / "figures/all_tiny").glob("*.svg"))
+    assert (results / "logs/rank_experts/tiny/gld_reap.log").is_file()
+    assert (results / "benchmarks/measure_grid/tiny/gld_reap.tsv").is_file()
+    assert not list(results.rglob("*.partial"))
+
+
+def test_grid_and_students_agree(finished: Path) -> None:
+    """The grid's in-memory student and the written one have one perplexity."""
+    grid = pd.read_parquet(finished / "results/tiny/grid/gld_reap.parquet")
+    row = grid[(grid["grouping"] == "round_robin") & (grid["keep"] == 4)].iloc[0]
+    file = finished / "results/tiny/students/do-acp/merged.perplexity.json"
+    written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert written["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
+
+
+def test_second_run_does_nothing(finished: Path) -> None:
+    assert NOTHING in snakemake(finished, "--dry-run", "all_tiny").stdout
+
+
+def test_comments_and_docstrings_rerun_nothing(project: Path) -> None:
+    for file in (project / "m2d").rglob("*.py"):
+        source = file.read_text(encoding="utf-8")
+        file.write_text(source.replace('"""', '"""Edited. ', 1) + "# edited\n", encoding="utf-8")
+    assert NOTHING in snakemake(project, "--dry-run", "all_wide").stdout
+
+
+def test_equal_ranking_reruns_nothing_further(project: Path, run: Callable) -> None:
+    edit_function(project / SCORING, "selection_freq", same_ranking)
+    assert run() == ["rank_experts scoring=selection_freq"]
+    assert run() == []
+
+
+def test_changed_ranking_reruns_what_uses_it(project: Path, run: Callable) -> None:
+    edit_function(project / SCORING, "selection_freq", other_ranking)
+    assert run() == sorted(
+        [
+            "rank_experts scoring=selection_freq",
+            "measure_grid scoring=selection_freq",
+            "merge_student student=sf",
+            "distill_student recipe=short student=sf",
+            *uses_of("sf"),
+            *TABLES,
+        ]
+    )
+    assert run() == []
+
+
+def test_learning_rate_reruns_distillation_alone(project: Path, run: Callable) -> None:
+    change_config(project, "recipes", "short", learning_rate=0.002)
+    assert run() == sorted(
+        [
+            *(f"distill_student recipe=short student={s}" for s in ("do-acp", "sf")),
+            *(use for s in ("do-acp", "sf") for use in uses_of(s) if use.endswith("short")),
+            *TABLES,
+        ]
+    )
+    assert run() == []
+
+
+def test_ranking_and_learning_rate_in_one_run(project: Path, run: Callable) -> None:
+    """A job waits until it is known whether what it reads will change."""
+    edit_function(project / SCORING, "selection_freq", other_ranking)
+    edit_function(project / SCORING, "gld_reap", same_ranking)
+    change_config(project, "recipes", "short", learning_rate=0.002)
+    jobs = run()
+    assert "merge_student student=sf" in jobs
+    assert "merge_student student=do-acp" not in jobs
+    assert jobs.count("distill_student recipe=short student=sf") == 1
+    assert run() == []
+
+
+def test_shared_helper_concerns_every_method_that_calls_it(project: Path, run: Callable) -> None:
+    edit_function(project / SCORING, "conditional_probability", same_ranking)
+    assert run("--dry-run") == [
+        f"rank_experts scoring={name}" for name in ("conditional_prob", "gld_reap", "reap")
+    ]
+
+
+def test_forced_rankings_rerun_nothing_further(run: Callable) -> None:
+    jobs = run("--forcerun", "rank_experts")
+    assert [job.split()[0] for job in jobs] == ["rank_experts"] * 4
+    assert run() == []
+
+
+def test_broken_scoring_method_costs_its_ranking_only(
+    project: Path, stub: Path, run: Callable
+) -> None:
+    """A method that fails removes its ranking; mended, it re-runs nothing further."""
+    source = (project / SCORING).read_text(encoding="utf-8")
+    edit_function(project / SCORING, "selection_freq", lambda value: f"return {value} / None")
+    failed = snakemake(project, "all_wide", stub=stub, check=False)
+    assert failed.returncode == 1
+    assert not (project / "results/tiny/rankings/selection_freq.json").exists()
+    (project / SCORING).write_text(source, encoding="utf-8")
+    assert run() == ["rank_experts scoring=selection_freq"]
+    assert run() == []
+
+
+def test_stage_edit_reruns_that_stage_and_what_follows(project: Path, run: Callable) -> None:
+    edit_function(project / "m2d/stages/merge.py", "plan_width", same_ranking)
+    jobs = run("--dry-run")
+    assert {"merge_student student=sf", "measure_grid scoring=reap", *TABLES} <= set(jobs)
+    assert not [job for job in jobs if job.split()[0].startswith(("compute", "rank", "make_tok"))]
+
+
+def test_killed_run_resumes(project: Path, stub: Path, run: Callable) -> None:
+    edit_function(project / SCORING, "selection_freq", other_ranking)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", "--profile", "profiles/local", "all_wide"],
+        cwd=project,
+        env={**environment(project, stub), "M2D_STUB_SLEEP": "3"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    started = project / ".snakemake" / "incomplete"
+    wait_until(lambda: any(started.rglob("*")))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    locked = snakemake(project, "all_wide", stub=stub, check=False)
+    assert locked.returncode == 1
+    assert "--unlock" in locked.stdout
+    snakemake(project, "--unlock")
+    jobs = run()
+    assert "rank_experts scoring=selection_freq" in jobs
+    assert "make_tables pipeline=all_wide" in jobs
+    assert run() == []
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def test_bad_config_is_one_line(project: Path) -> None:
+    change_config(project, "recipes", "short", learning_rat=0.002)
+    done = snakemake(project, "--dry-run", "all_wide", check=False)
+    assert done.returncode == 1
+    assert "recipes.short: unknown key 'learning_rat'; did you mean learning_rate?" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+@pytest.fixture
+def no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every import of torch fail."""
+    folder = tmp_path / "no-torch"
+    folder.mkdir()
+    (folder / "torch.py").write_text("raise ImportError('torch was imported')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_repository_config_dry_runs_without_torch(tmp_path: Path) -> None:
+    """Every pipeline of the repository's own config, from nothing."""
+    options = ["--profile", "profiles/local", "--dry-run", "--nolock"]
+    options += ["--config", f"results={tmp_path / 'results'}", "--"]
+    config = yaml.safe_load((REPOSITORY / "config.yaml").read_text(encoding="utf-8"))
+    assert {"all_demo", "all_grid", "all_headline"} <= set(config["pipelines"])
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *options, "tables"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    jobs = jobs_of(done.stdout)
+    for teacher in ("demo", "qwen3-30b-a3b"):
+        for rule in ("rank_experts", "measure_grid"):
+            found = [j for j in jobs if j.startswith(rule) and j.endswith(f"teacher={teacher}")]
+            assert len(found) == 7, rule

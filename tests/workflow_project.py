@@ -1,0 +1,179 @@
+"""A copy of the workflow and the package in a folder of its own, with a tiny config, to run there.
+
+Not a test: `tests/test_workflow.py` runs it. In the copy, `m2d` is the copied package, so tests may
+edit its source.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOMAINS = ("alpha", "beta", "gamma", "delta", "epsilon")
+WORDS = ("array", "vector", "matrix", "layer", "router", "expert", "token", "weight", "score")
+
+# All the parts of a pipeline, each as small as it goes.
+CONFIG: dict[str, Any] = {
+    "results": "results",
+    "datasets": {
+        "text": {"files": ["text.txt"]},
+    },
+    "teachers": {
+        "tiny": {
+            "model": "teacher",
+            "experts": 8,
+            "top_k": 2,
+            "keeps": [2, 4],
+            "dtype": "float32",
+            "batch": 8,
+            "tokens": {
+                "calibration": {"dataset": "text", "sequences": 8, "length": 32},
+                "test": {"dataset": "text", "sequences": 8, "length": 32},
+                "distillation": {"dataset": "text", "sequences": 16, "length": 32},
+            },
+            "resources": {"gpus": 0, "mem_mb": 1000, "runtime": 5},
+        }
+    },
+    "grid": {"groupings": ["RR", "WC"], "scalings": ["uniform"]},
+    "students": {
+        "do-acp": {"scoring": "DO-ACP", "grouping": "RR", "scaling": "uniform", "keep": 4},
+        "sf": {"scoring": "SF", "grouping": "WC", "scaling": "uniform", "keep": 2},
+    },
+    "recipes": {
+        "short": {
+            "steps": 2,
+            "batch": 4,
+            "device_batch": 4,
+            "learning_rate": 0.001,
+            "precision": "fp32",
+            "gpus": 0,
+            "mem_mb": 1000,
+            "runtime": 5,
+        }
+    },
+    "evaluations": {"demo": {"tasks": ["demo_continuation"], "shots": 0, "limit": 4, "demo": True}},
+    "pipelines": {
+        "all_tiny": {
+            "teachers": ["tiny"],
+            "scorings": ["DO-ACP"],
+            "students": ["do-acp"],
+            "distill": [{"student": "do-acp", "recipe": "short"}],
+            "evaluations": ["demo"],
+        },
+        "all_wide": {
+            "teachers": ["tiny"],
+            "scorings": ["SF", "CP", "ACP", "DO-ACP"],
+            "students": ["do-acp", "sf"],
+            "distill": [
+                {"student": "do-acp", "recipe": "short"},
+                {"student": "sf", "recipe": "short"},
+            ],
+            "evaluations": ["demo"],
+        },
+    },
+}
+# Stands in for every stage but ranking, where a test is about which jobs run.
+STUB = """#!/bin/sh
+test -z "$M2D_STUB_SLEEP" || sleep "$M2D_STUB_SLEEP"
+case $1 in
+    rank) exec "{m2d}" "$@" ;;
+    merge) mkdir "$3"; echo "{{}}" > "$3/m2d.json" ;;
+    distill) mkdir "$4"; echo "{{}}" > "$4/m2d.json" ;;
+    perplexity) echo "{{}}" > "$6" ;;
+    tables) mkdir "$2" ;;
+    figures) mkdir "$3" ;;
+    *) echo "{{}}" > "$3" ;;
+esac
+"""
+
+
+def make_project(folder: Path, teacher: Path, text: Path) -> Path:
+    """The workflow in a new folder, on `teacher` and `text`, with a corpus already there."""
+    skipped = shutil.ignore_patterns("__pycache__", "resources")
+    for name in ("m2d", "workflow", "profiles"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=skipped)
+    shutil.copytree(teacher, folder / "teacher")
+    shutil.copyfile(text, folder / "text.txt")
+    write_config(folder, CONFIG)
+    corpus = folder / "results" / "corpus"
+    corpus.mkdir(parents=True)
+    for split in ("train", "calibration", "test"):
+        lines = [json.dumps(document(i)) + "\n" for i in range(40)]
+        (corpus / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def make_stub(folder: Path) -> Path:
+    """A folder with an `m2d` that writes empty results at once, except for rankings."""
+    folder.mkdir()
+    stub = folder / "m2d"
+    stub.write_text(STUB.format(m2d=Path(sys.executable).parent / "m2d"), encoding="utf-8")
+    stub.chmod(0o755)
+    return folder
+
+
+def document(number: int) -> dict[str, str]:
+    """A document of the demo corpus, long enough for its tasks."""
+    words = [WORDS[(number * 7 + i * (number % 5 + 1)) % len(WORDS)] for i in range(80)]
+    parameters = "\n\nParameters\n----------\n" + "".join(
+        f"{word}{number} : int\n    The {word} of document {number}, a whole number.\n"
+        for word in words[:3]
+    )
+    domain = DOMAINS[number % len(DOMAINS)]
+    return {"domain": domain, "name": f"{domain}/{number}", "text": " ".join(words) + parameters}
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def environment(folder: Path, stub: Path | None = None) -> dict[str, str]:
+    """Environment in which `m2d` is the copy; `stub` is a folder that comes first on PATH."""
+    path = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    return {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "PATH": os.pathsep.join([str(stub), *path] if stub else path),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def snakemake(
+    folder: Path, *arguments: str, stub: Path | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run Snakemake there, as users do; stdout and stderr together in `stdout`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--profile", "profiles/local", *arguments],
+        cwd=folder,
+        env=environment(folder, stub),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"snakemake failed ({done.returncode}):\n{done.stdout}")
+    return done
+
+
+def jobs_of(output: str) -> list[str]:
+    """The jobs that Snakemake says it ran or would run, such as "measure_grid scoring=reap".
+
+    Each once; targets, which run nothing, are left out.
+    """
+    found = []
+    pattern = r"^(?:local)?(?:rule|checkpoint) (\w+):\n((?:    .*\n)*)"
+    for name, details in re.findall(pattern, output, re.M):
+        wildcards = re.search(r"^    wildcards: (.*)$", details, re.M)
+        names = [w for w in (wildcards[1].split(", ") if wildcards else []) if w != "teacher=tiny"]
+        if not name.startswith("all_"):
+            found.append(" ".join([name, *sorted(names)]))
+    return sorted(set(found))
