@@ -21,6 +21,7 @@ COMMANDS = {
     "rank": ("m2d.stages.rank", "order the experts of every layer by one scoring method"),
     "grid": ("m2d.stages.grid", "perplexity of every configuration of one scoring method"),
     "merge": ("m2d.stages.merge", "write one student"),
+    "refit": ("m2d.stages.refit", "solve a student's down projections in closed form"),
     "perplexity": ("m2d.stages.perplexity", "perplexity of a teacher or student"),
     "distill": ("m2d.stages.distill", "train a student on its teacher's outputs"),
     "evaluate": ("m2d.stages.evaluate", "score a model on one lm-eval task"),

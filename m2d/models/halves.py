@@ -1,0 +1,223 @@
+"""Decoder layers in two halves, attention and feed-forward, so that an FFN can be fitted between.
+
+Every layer here computes z = r + m FFN(norm(r)): r the residual stream after attention, m a
+constant of the family (1 but for Granite). Shapes: B sequences of T tokens, H hidden size, W the
+student's intermediate size.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from m2d.errors import UserError
+from m2d.models.experts import StackedExperts
+from m2d.models.families import Family
+from m2d.models.stream import StreamedTeacher
+from m2d.models.teacher import Teacher, make_skeleton, read_config
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative; else 2e-2
+
+
+def open_student(folder: Path, teacher: Teacher) -> Teacher:
+    """What is known of a student of `teacher` before any weight is read, in a Teacher's form.
+
+    Raises UserError where it cannot be a student of that teacher.
+    """
+    raw, config = read_config(folder)
+    sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
+    for key in sizes:
+        ours, theirs = getattr(config, key, None), getattr(teacher.config, key, None)
+        if ours != theirs:
+            raise UserError(
+                f"{folder}: {key} is {ours}, the teacher's is {theirs}; give the teacher that "
+                "the student was made from"
+            )
+    family = teacher.family
+    if raw["model_type"] != family.student_model_type:
+        raise UserError(
+            f"{folder}: model_type is {raw['model_type']!r}; students of {teacher.name} are "
+            f"{family.student_model_type!r}"
+        )
+    moe_layers = teacher.moe_layers if family.one_expert else []
+    return Teacher(
+        folder, folder.name, raw, config, family, make_skeleton(config, folder), moe_layers
+    )
+
+
+@dataclass
+class Halves:
+    """What happened between the halves of a layer; each [B, T, H]."""
+
+    residual: Tensor
+    """r, before the FFN's output is added."""
+    block_input: Tensor
+    """norm(r)."""
+    block_output: Tensor
+    """FFN(norm(r)), routed and shared experts together."""
+
+
+def run_halves(layer: nn.Module, block: nn.Module, hidden: Tensor, call: dict[str, Any]) -> Halves:
+    """Run a layer on hidden [B, T, H], with its FFN's output kept out of the residual stream."""
+    caught: list[tuple[Tensor, Tensor]] = []
+
+    def keep_out(module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        caught.append((args[0], first))
+        zeros = torch.zeros_like(first)
+        return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
+
+    handle = block.register_forward_hook(keep_out)
+    try:
+        residual = _first(layer(hidden, **call))
+    finally:
+        handle.remove()
+    ((block_input, block_output),) = caught
+    return Halves(residual, block_input, block_output)
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def residual_multiplier(layer: nn.Module) -> float:
+    """m: what the FFN's output is multiplied by before it is added."""
+    return float(getattr(layer, "residual_multiplier", 1.0))
+
+
+def check_halves(
+    layer: nn.Module, halves: Halves, hidden: Tensor, call: dict[str, Any], name: str
+) -> None:
+    """Raise a UserError unless r + m FFN is what the layer itself gives."""
+    own = _first(layer(hidden, **call)).float()
+    ours = (halves.residual + residual_multiplier(layer) * halves.block_output).float()
+    tolerance = TOLERANCE.get(hidden.dtype, 2e-2) * float(own.abs().max())
+    if not torch.allclose(ours, own, rtol=0, atol=tolerance):
+        raise UserError(
+            f"{name}: its layers do not just add the FFN's output to the residual stream "
+            f"({type(layer).__name__}), so a refit in closed form does not apply"
+        )
+
+
+class SteppedModel(StreamedTeacher):
+    """A model whose layers the caller runs one by one; it keeps the hidden states between them."""
+
+    def start(self, input_ids: Tensor, batch: int) -> None:
+        """Embed input_ids [sequences, length], in batches of `batch` sequences."""
+        self.batches = input_ids.split(batch)
+        self.hidden: list[Tensor] = []
+        self.calls: dict[int, list[dict[str, Any]]] = {}  # by batch size, one per layer
+        for ids in self.batches:
+            self.model(ids.to(self.device), use_cache=False, logits_to_keep=1)
+            first = self.taps[0].hidden
+            assert first is not None
+            self.hidden.append(first)
+            self.calls.setdefault(len(ids), [tap.call for tap in self.taps])
+
+    def load(self, index: int) -> nn.Module:
+        """The layer with its weights. The caller drops it with `.to("meta")`."""
+        return self._load_layer(index)
+
+    def call(self, index: int, i: int) -> dict[str, Any]:
+        """The arguments that layer `index` has besides the hidden states of batch i."""
+        return self.calls[len(self.batches[i])][index]
+
+    def advance(self, layer: nn.Module, index: int) -> None:
+        """Push every batch through the whole layer."""
+        for i, hidden in enumerate(self.hidden):
+            self.hidden[i] = _first(layer(hidden, **self.call(index, i)))
+
+
+class _DenseStub(nn.Module):
+    """In the place of a dense FFN's down projection: keeps its input, gives zeros."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.inner: Tensor | None = None
+
+    def forward(self, inner: Tensor) -> Tensor:
+        self.inner = inner.flatten(0, -2)
+        return inner.new_zeros(*inner.shape[:-1], self.size)
+
+
+class _ExpertStub(nn.Module):
+    """In the place of a single routed expert: keeps what its down projection would take."""
+
+    def __init__(self, experts: StackedExperts):
+        super().__init__()
+        self.experts = experts
+        self.inner: Tensor | None = None
+        self.weight: Tensor | None = None
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self.inner, self.weight = self.experts.inner(0, hidden), top_k_weights
+        return torch.zeros_like(hidden)
+
+
+class StudentFeedForward:
+    """A student's FFN as base(x) + w (h(x) D + bias): w the weight of its one expert, else 1.
+
+    base is what does not pass through the down projection D, such as a gated shared expert; zero
+    in a dense FFN. The layer given is changed: its block gives base alone from now on.
+    """
+
+    def __init__(self, layer: nn.Module, family: Family):
+        self.weight: Tensor  # D^T [H, W]
+        self.bias: Tensor | None  # [H]
+        self.stub: _ExpertStub | _DenseStub
+        if family.one_expert:
+            self.block = layer.get_submodule(block_path(family))
+            experts = layer.get_submodule(family.experts)
+            assert isinstance(experts, StackedExperts)
+            self.weight = experts.down_proj[0]
+            self.bias = None if experts.down_bias is None else experts.down_bias[0]
+            self.stub = _ExpertStub(experts)
+            layer.set_submodule(family.experts, self.stub)
+        else:
+            self.block = layer.get_submodule(family.dense)
+            down = self.block.get_submodule("down_proj")
+            assert isinstance(down, nn.Linear)
+            self.weight, self.bias = down.weight, down.bias
+            self.stub = _DenseStub(down.out_features)
+            self.block.set_submodule("down_proj", self.stub)
+
+    def taken(self) -> tuple[Tensor, Tensor | None]:
+        """h [N, W] of the block's last call, and w [N, 1]."""
+        assert self.stub.inner is not None
+        weight = self.stub.weight if isinstance(self.stub, _ExpertStub) else None
+        return self.stub.inner, weight
+
+    def columns(self) -> Tensor:
+        """What D and, below it, the bias multiply, of the block's last call: [N, W (+ 1)]."""
+        inner, weight = self.taken()
+        if self.bias is not None:
+            inner = torch.cat([inner, inner.new_ones(len(inner), 1)], dim=1)
+        return inner if weight is None else inner * weight.to(inner.dtype)
+
+    def rows(self) -> Tensor:
+        """D and, below it, the bias: [W (+ 1), H]."""
+        rows = self.weight.T
+        return rows if self.bias is None else torch.cat([rows, self.bias[None]])
+
+    def replace(self, rows: Tensor, dtype: torch.dtype) -> None:
+        """Take D and the bias from `rows`, as they will be on disk in `dtype`."""
+        rounded = rows.to(dtype).to(self.weight.dtype)
+        if self.bias is not None:
+            rounded, self.bias = rounded[:-1], rounded[-1]
+        self.weight = rounded.T.contiguous()
+
+    def output(self, block_input: Tensor) -> Tensor:
+        """The whole block's output [B, T, H] of its input [B, T, H]."""
+        base = _first(self.block(block_input))
+        inner, weight = self.taken()
+        out = functional.linear(inner, self.weight, self.bias)
+        return base + (out if weight is None else out * weight.to(out.dtype)).view_as(base)
+
+
+def block_path(family: Family) -> str:
+    """Module path of the MoE block: where the experts and the router are."""
+    return family.experts.rpartition(".")[0]
