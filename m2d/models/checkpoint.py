@@ -1,6 +1,6 @@
 """Safetensors checkpoints: tensors read one at a time, and written as a stream.
 
-Reading uses plain file reads, not a memory map, so that resident memory is what the caller holds.
+Reading gives every tensor under its canonical name, whatever the layout on disk (see layouts.py).
 Writing needs the names, dtypes and shapes beforehand and then takes the tensors one by one, so
 that a checkpoint of any size passes through little memory. The format is safetensors': 8 bytes
 of header length (little endian), a JSON header, then the tensors' bytes in the header's order.
@@ -11,7 +11,6 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,97 +18,50 @@ import torch
 
 from m2d.artifacts import read_json
 from m2d.errors import UserError
+from m2d.models.entries import CODES, AnyEntry, Derived, Entry, fill, read_entry, read_header
+from m2d.models.families import known_family
+from m2d.models.layouts import canonical
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_HEADER_BYTES = 100_000_000
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Hub tools split at 5 GB; the same here, so that uploads and partial downloads behave alike.
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # byte offset in the file
-    nbytes: int
-
-
-def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries by tensor name, and the file's metadata.
-
-    Raises UserError where the file is unreadable, cut off, or inconsistent.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise ValueError("header longer than the file")
-            header = json.loads(stream.read(length))
-        metadata = header.pop("__metadata__", {})
-        entries = {
-            name: _entry(file, spec, data_start=8 + length, size=size)
-            for name, spec in header.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-    return entries, metadata
-
-
-def _entry(file: Path, spec: dict[str, Any], data_start: int, size: int) -> Entry:
-    dtype = DTYPES[spec["dtype"]]
-    shape = tuple(int(n) for n in spec["shape"])
-    begin, end = (int(n) for n in spec["data_offsets"])
-    if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError("a tensor's shape and size disagree")
-    if begin < 0 or data_start + end > size:
-        raise ValueError("the file is cut off")
-    return Entry(file, dtype, shape, data_start + begin, end - begin)
-
-
 class Checkpoint:
-    """The tensors of a model folder: one safetensors file, or shards with an index."""
+    """The tensors of a model folder, by canonical name: one safetensors file, or several.
+
+    The folder's config.json says which family's layout to expect; without one, names on disk are
+    canonical. Raises UserError for unreadable files, or weights quantised in an unknown way.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.entries: dict[str, Entry] = {}
+        found: dict[str, Entry] = {}
         for file in shard_files(folder):
-            self.entries.update(read_header(file)[0])
+            found.update(read_header(file)[0])
+        file = folder / "config.json"
+        self.config: dict[str, Any] = read_json(file) if file.exists() else {}
+        family = known_family(str(self.config.get("model_type")))
+        layout = canonical(folder, found, family, self.config)
+        self.entries: dict[str, AnyEntry] = layout.entries
+        self.on_disk, self.fused = layout.on_disk, layout.fused
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
-    def entry(self, name: str) -> Entry:
-        """The named tensor's place, dtype and shape, or a UserError."""
+    def entry(self, name: str) -> AnyEntry:
+        """The named tensor's dtype and shape (and place), or a UserError."""
         if name not in self.entries:
             raise UserError(f"{self.folder}: the checkpoint has no tensor {name!r}")
         return self.entries[name]
 
     def read(self, name: str) -> torch.Tensor:
-        """The named tensor, on the CPU, in memory of its own, in the dtype on disk."""
-        entry = self.entry(name)
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        self.read_into(name, tensor)
-        return tensor
+        """The named tensor, on the CPU, in memory of its own, in the dtype on disk.
+
+        A quantised tensor comes in the config's dtype.
+        """
+        return read_entry(self.entry(name), name)
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
         """Read into `out`, contiguous, of the same dtype and shape."""
@@ -119,20 +71,10 @@ class Checkpoint:
                 f"{entry.file}: {name} is {CODES[entry.dtype]} {list(entry.shape)}, "
                 f"but the config implies {CODES[out.dtype]} {list(out.shape)}"
             )
-        if not entry.nbytes:
-            return
-        buffer = memoryview(out.view(-1).view(torch.uint8).numpy().data)
-        try:
-            with entry.file.open("rb", buffering=0) as stream:
-                stream.seek(entry.start)
-                done = 0
-                while done < entry.nbytes:
-                    count = stream.readinto(buffer[done:])
-                    if not count:
-                        raise OSError("the file is cut off")
-                    done += count
-        except OSError as error:
-            raise UserError(f"{entry.file}: cannot read {name} ({error})") from None
+        if isinstance(entry, Derived):
+            out.copy_(read_entry(entry, name))
+        else:
+            fill(entry, name, out)
 
 
 def shard_files(folder: Path) -> list[Path]:

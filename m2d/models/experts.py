@@ -1,37 +1,76 @@
-"""The routed experts of one layer, stacked, and what they compute.
+"""The experts of one layer, stacked, and what they compute.
 
-Shapes: N tokens, E experts, k = top-k, H hidden size, I expert intermediate size.
+Shapes: N tokens, E routed experts, S experts that are always taken with weight 1 (after the routed
+ones), k = top-k, H hidden size, I expert intermediate size.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.families import Family
 
+Glu = Callable[[Tensor], Tensor]
+"""What an expert does between its projections: [..., 2I], gate then up, to [..., I]."""
+
+
+def glu(config: Any) -> Glu:
+    """act(gate) * up."""
+    activation = ACT2FN[config.hidden_act]
+
+    def apply(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    return apply
+
+
+def clamped_swiglu(config: Any) -> Glu:
+    """GPT-OSS: (up + 1) * gate * sigmoid(alpha * gate), gate clamped above, up on both sides."""
+    alpha, limit = config.swiglu_alpha, config.swiglu_limit
+
+    def apply(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+    return apply
+
+
+GLU: dict[str, Callable[[Any], Glu]] = {"glu": glu, "clamped_swiglu": clamped_swiglu}
+
 
 @dataclass
 class Expert:
-    """One feed-forward network: down(act(gate(x)) * up(x))."""
+    """One feed-forward network: down(glu(gate(x), up(x)))."""
 
     gate_proj: Tensor  # [I, H]
     up_proj: Tensor  # [I, H]
     down_proj: Tensor  # [H, I]
+    gate_bias: Tensor | None = None  # [I]
+    up_bias: Tensor | None = None  # [I]
+    down_bias: Tensor | None = None  # [H]
 
 
 def read_expert(checkpoint: Checkpoint, family: Family, layer: int, expert: int) -> Expert:
     """One expert's tensors, as on disk."""
     where = {"layer": layer, "expert": expert}
-    return Expert(
-        checkpoint.read(family.gate_proj.format(**where)),
-        checkpoint.read(family.up_proj.format(**where)),
-        checkpoint.read(family.down_proj.format(**where)),
-    )
+    names = [
+        template.format(**where)
+        for template in (family.gate_proj, family.up_proj, family.down_proj)
+    ]
+    weights = [checkpoint.read(name) for name in names]
+    if not family.biases:
+        return Expert(*weights)
+    biases = [checkpoint.read(name.removesuffix("weight") + "bias") for name in names]
+    return Expert(*weights, *biases)
 
 
 Observer = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -41,24 +80,57 @@ class StackedExperts(nn.Module):
     """All experts of a layer, with the interface of transformers' own experts modules.
 
     `observer(hidden_NH, top_k_index_NK, top_k_weights_NK, out_norm_NK)`, if set, is called with
-    every batch; out_norm is ||f_e(x)|| of each selected expert, float32, before its weight.
+    every batch; out_norm is ||f_e(x)|| of each selected expert, float32, before its weight. The
+    last `shared` experts of the stack are always selected, in the last columns of the routing; they
+    are computed, but are not among `num_experts`, and no observer sees them.
     """
 
-    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor, activation: str):
+    def __init__(
+        self,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        activation: str | Glu,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        shared: int = 0,
+    ):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(gate_up_proj, requires_grad=False)  # [E, 2I, H]
-        self.down_proj = nn.Parameter(down_proj, requires_grad=False)  # [E, H, I]
-        self.activation = ACT2FN[activation]
+        self.gate_up_proj = nn.Parameter(gate_up_proj, requires_grad=False)  # [E + S, 2I, H]
+        self.down_proj = nn.Parameter(down_proj, requires_grad=False)  # [E + S, H, I]
+        self.gate_up_bias = _optional(gate_up_bias)  # [E + S, 2I]
+        self.down_bias = _optional(down_bias)  # [E + S, H]
+        if isinstance(activation, str):
+            self.activation = ACT2FN[activation]
+        self.custom_glu = None if isinstance(activation, str) else activation
+        self.shared = shared
         self.observer: Observer | None = None
 
     @property
     def num_experts(self) -> int:
-        return self.down_proj.shape[0]
+        """E, the routed experts."""
+        return self.down_proj.shape[0] - self.shared
 
     def glu(self, gate_up: Tensor) -> Tensor:
         """[..., 2I] -> [..., I]."""
+        if self.custom_glu is not None:
+            return self.custom_glu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return self.activation(gate) * up
+
+    def inner(self, expert: int, hidden: Tensor) -> Tensor:
+        """An expert's intermediate activations [N, I] of hidden [N, H]."""
+        bias = None if self.gate_up_bias is None else self.gate_up_bias[expert]
+        return self.glu(functional.linear(hidden, self.gate_up_proj[expert], bias))
+
+    def output(self, expert: int, hidden: Tensor) -> Tensor:
+        """f_e(x) [N, H] of hidden [N, H]."""
+        bias = None if self.down_bias is None else self.down_bias[expert]
+        return functional.linear(self.inner(expert, hidden), self.down_proj[expert], bias)
+
+    def parameters_of_routed(self) -> list[Tensor]:
+        """Every routed expert's own weights and biases: tensors [E, any]."""
+        parts = (self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias)
+        return [part[: self.num_experts].flatten(1) for part in parts if part is not None]
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Routed output y [N, H] of hidden [N, H] under the routing [N, k]."""
@@ -66,7 +138,7 @@ class StackedExperts(nn.Module):
         # Tokens are gathered by expert, so that each expert is one matrix product.
         flat = top_k_index.reshape(-1)
         order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=self.num_experts).tolist()
+        counts = torch.bincount(flat, minlength=len(self.down_proj)).tolist()
         weights = top_k_weights.reshape(-1, 1)
         norms = hidden.new_zeros(flat.shape[0], dtype=torch.float32)
         output = torch.zeros_like(hidden)
@@ -74,14 +146,23 @@ class StackedExperts(nn.Module):
             if not len(rows):
                 continue
             tokens = rows // k
-            inner = self.glu(hidden[tokens] @ self.gate_up_proj[expert].T)
-            out = inner @ self.down_proj[expert].T
+            out = self.output(expert, hidden[tokens])
             output.index_add_(0, tokens, (out * weights[rows]).to(output.dtype))
             if self.observer is not None:
                 norms[rows] = torch.linalg.vector_norm(out, dim=1, dtype=torch.float32)
         if self.observer is not None:
-            self.observer(hidden, top_k_index, top_k_weights, norms.view(-1, k))
+            routed = slice(0, k - self.shared)
+            self.observer(
+                hidden,
+                top_k_index[:, routed],
+                top_k_weights[:, routed],
+                norms.view(-1, k)[:, routed],
+            )
         return output
+
+
+def _optional(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
 def read_stacked(
@@ -89,31 +170,48 @@ def read_stacked(
     family: Family,
     layer: int,
     shape: tuple[int, int, int],
-    activation: str,
+    activation: str | Glu,
     dtype: torch.dtype,
+    shared: int = 0,
 ) -> StackedExperts:
-    """Read a layer's experts into one stack, expert by expert. shape: (E, I, H)."""
+    """Read a layer's experts into one stack, expert by expert. shape: (E + S, I, H)."""
     count, width, size = shape
     gate_up = torch.empty(count, 2 * width, size, dtype=dtype)
     down = torch.empty(count, size, width, dtype=dtype)
+    gate_up_bias = torch.empty(count, 2 * width, dtype=dtype) if family.biases else None
+    down_bias = torch.empty(count, size, dtype=dtype) if family.biases else None
     for index in range(count):
         expert = read_expert(checkpoint, family, layer, index)
         check_shape(checkpoint, expert, layer, index, width, size)
         gate_up[index, :width] = expert.gate_proj
         gate_up[index, width:] = expert.up_proj
         down[index] = expert.down_proj
-    return StackedExperts(gate_up, down, activation)
+        if gate_up_bias is not None and down_bias is not None:
+            assert expert.gate_bias is not None
+            assert expert.up_bias is not None
+            assert expert.down_bias is not None
+            gate_up_bias[index, :width] = expert.gate_bias
+            gate_up_bias[index, width:] = expert.up_bias
+            down_bias[index] = expert.down_bias
+    return StackedExperts(gate_up, down, activation, gate_up_bias, down_bias, shared)
 
 
 def check_shape(
     checkpoint: Checkpoint, expert: Expert, layer: int, index: int, width: int, size: int
 ) -> None:
     """Raise a UserError where the tensors on disk do not fit the config."""
-    expected = {"gate_proj": (width, size), "up_proj": (width, size), "down_proj": (size, width)}
+    expected = {
+        "gate_proj": (width, size),
+        "up_proj": (width, size),
+        "down_proj": (size, width),
+        "gate_bias": (width,),
+        "up_bias": (width,),
+        "down_bias": (size,),
+    }
     for name, shape in expected.items():
-        found = tuple(getattr(expert, name).shape)
-        if found != shape:
+        tensor = getattr(expert, name)
+        if tensor is not None and tuple(tensor.shape) != shape:
             raise UserError(
-                f"{checkpoint.folder}: layer {layer}, expert {index}: {name} is {list(found)} on "
-                f"disk, but the config implies {list(shape)}"
+                f"{checkpoint.folder}: layer {layer}, expert {index}: {name} is "
+                f"{list(tensor.shape)} on disk, but the config implies {list(shape)}"
             )

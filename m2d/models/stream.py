@@ -5,7 +5,7 @@ masks and positions (recorded once), and its own head makes the logits. Only the
 replaced, by StackedExperts, which computes the same and can be observed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
-from m2d.models.experts import StackedExperts, read_stacked
+from m2d.models.experts import GLU, Glu, StackedExperts, read_stacked
 from m2d.models.families import expert_pattern
+from m2d.models.routers import routed_rows
 from m2d.models.teacher import Teacher, layers_of
 from m2d.progress import progress
 
@@ -62,6 +63,9 @@ class StreamedTeacher:
         self.prefixes = [f"{_layers_path(self.model)}.{i}." for i in range(len(self.layers))]
         self.taps = [_Tap(layer) for layer in self.layers]
         self.model.base_model.layers = nn.ModuleList(self.taps)
+        glus = {i: _glu_of(teacher, self.layers[i]) for i in teacher.moe_layers}
+        self.glus: dict[int, str | Glu] = glus
+        self.in_float32 = _names(getattr(self.model, "_keep_in_fp32_modules_strict", None))
         self._load_trunk()
 
     def _load_trunk(self) -> None:
@@ -77,16 +81,20 @@ class StreamedTeacher:
 
     def _read(self, name: str) -> Tensor:
         tensor = self.checkpoint.read(name)
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.float() if self.in_float32(name) else tensor.to(self.dtype)
 
     def _load_layer(self, index: int) -> nn.Module:
         """The stock decoder layer with its weights, its experts stacked."""
         teacher, prefix = self.teacher, self.prefixes[index]
         layer = self.layers[index]
         if index in teacher.moe_layers:
-            shape = (teacher.num_experts, teacher.expert_width, teacher.config.hidden_size)
+            shared = teacher.shared_in_experts
+            count = teacher.num_experts + shared
+            shape = (count, teacher.expert_width, teacher.config.hidden_size)
             stacked = read_stacked(
-                self.checkpoint, teacher.family, index, shape, teacher.config.hidden_act, self.dtype
+                self.checkpoint, teacher.family, index, shape, self.glus[index], self.dtype, shared
             )
             layer.set_submodule(teacher.family.experts, stacked)
         names = [n for n in self.checkpoint.entries if n.startswith(prefix)]
@@ -124,7 +132,7 @@ class StreamedTeacher:
                 for i, ids in enumerate(batches):
                     output = layer(hidden[i], **calls[len(ids)][index])
                     hidden[i] = output[0] if isinstance(output, tuple) else output
-                layer.to("meta")
+                _drop(layer)
         return hidden
 
     def _observe(self, layer: nn.Module, index: int, visit: Visitor | None) -> None:
@@ -132,7 +140,7 @@ class StreamedTeacher:
             return
         family = self.teacher.family
         experts = layer.get_submodule(family.experts)
-        router = layer.get_submodule(family.router)
+        router = routed_rows(layer.get_submodule(family.router), self.teacher.num_experts)
         assert isinstance(experts, StackedExperts)
         experts.observer = lambda *batch: visit(index, router, experts, *batch)
 
@@ -148,6 +156,34 @@ class StreamedTeacher:
 
 def _layers_path(model: nn.Module) -> str:
     return f"{model.base_model_prefix}.layers"
+
+
+def _glu_of(teacher: Teacher, layer: nn.Module) -> str | Glu:
+    """What experts compute between their projections, of gate and up one after the other."""
+    family = teacher.family
+    if family.glu == "glu":
+        return str(teacher.config.hidden_act)
+    if family.glu in GLU:
+        return GLU[family.glu](teacher.config)
+    stock: Any = layer.get_submodule(family.experts)
+    if not family.interleaved:
+        return cast(Glu, stock._apply_gate)
+    return lambda gate_up: stock._apply_gate(
+        torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
+    )
+
+
+def _names(parts: Iterable[str] | None) -> Callable[[str], bool]:
+    """Whether a tensor's name has one of these in it."""
+    wanted = list(parts or [])
+    return lambda name: any(part in name.split(".") for part in wanted)
+
+
+def _drop(layer: nn.Module) -> None:
+    """Free a layer's parameters. Buffers are small, and not all are in the checkpoint."""
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def _check_state(

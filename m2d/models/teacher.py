@@ -1,22 +1,44 @@
 """A teacher on disk: its config, its family, and its module tree without weights."""
 
 import contextlib
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2d.artifacts import read_json
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
-from m2d.models.families import Family, family_of
+from m2d.models.families import EMO, FAMILIES, Family
+from m2d.models.generic import describe
+from m2d.models.skeleton import (
+    count_parameters,
+    experts_modules,
+    has_module,
+    layers_of,
+    make_skeleton,
+)
+
+__all__ = [
+    "CONFIG_MAPPING",
+    "Teacher",
+    "count_parameters",
+    "dtype_of",
+    "has_experts",
+    "layers_of",
+    "locate",
+    "make_skeleton",
+    "open_teacher",
+    "pick_device",
+    "pick_dtype",
+    "quiet",
+    "read_config",
+]
 
 WANTED_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 
@@ -34,16 +56,34 @@ class Teacher:
     moe_layers: list[int]
 
     @property
+    def shared_in_experts(self) -> int:
+        """S: how many of the experts on disk, the last ones, are shared."""
+        key = self.family.shared_in_experts
+        return int(getattr(self.config, key) or 0) if key else 0
+
+    @property
     def num_experts(self) -> int:
-        return int(getattr(self.config, self.family.num_experts))
+        """E, the routed experts."""
+        return int(getattr(self.config, self.family.num_experts)) - self.shared_in_experts
 
     @property
     def top_k(self) -> int:
-        return int(getattr(self.config, self.family.top_k))
+        """k, the routed experts that a token takes."""
+        return int(getattr(self.config, self.family.top_k)) - self.shared_in_experts
 
     @property
     def expert_width(self) -> int:
+        """I, the intermediate size of one expert."""
         return int(getattr(self.config, self.family.expert_width))
+
+    @property
+    def shared_width(self) -> int:
+        """Intermediate size of what is appended to a dense student's FFN unscaled."""
+        if self.family.shared is None:
+            return self.shared_in_experts * self.expert_width
+        layer = layers_of(self.skeleton)[self.moe_layers[0]]
+        shared = layer.get_submodule(self.family.shared)
+        return int(shared.get_parameter("gate_proj.weight").shape[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,24 +118,24 @@ def read_config(folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
     raw = read_json(file)
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UserError(f"{file}: has no model_type; is {folder} a model folder?")
+    if raw["model_type"] == EMO.model_type:
+        register_emo()
     if raw["model_type"] not in CONFIG_MAPPING:
         raise UserError(f"{file}: model_type {raw['model_type']!r} is not known to transformers")
+    # How the weights are packed is for m2d.models.layouts, not for the model.
+    plain = {key: value for key, value in raw.items() if key != "quantization_config"}
     try:
-        return raw, CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        return raw, CONFIG_MAPPING[raw["model_type"]].from_dict(plain)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"{file}: not a valid config ({reason[-1] if reason else error})") from None
 
 
-def make_skeleton(config: PretrainedConfig, where: Path | str) -> PreTrainedModel:
-    """The stock model class with parameters on the meta device, buffers real."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
-    except Exception as error:
-        raise UserError(
-            f"{where}: transformers cannot build a causal LM from it ({error})"
-        ) from None
+def register_emo() -> None:
+    """Make the Auto classes know EMO; its module is only imported for that."""
+    from m2d.models.emo import register
+
+    register()
 
 
 def open_teacher(model: str | Path, config_only: bool = False) -> Teacher:
@@ -106,10 +146,12 @@ def open_teacher(model: str | Path, config_only: bool = False) -> Teacher:
     """
     folder = locate(model, config_only)
     raw, config = read_config(folder)
-    family = family_of(config.model_type, str(folder / "config.json"))
     skeleton = make_skeleton(config, folder)
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        family = describe(config, skeleton, str(folder / "config.json"))
     moe_layers = [
-        i for i, layer in enumerate(layers_of(skeleton)) if _has_module(layer, family.experts)
+        i for i, layer in enumerate(layers_of(skeleton)) if has_module(layer, family.experts)
     ]
     name = folder.resolve().name if Path(model).exists() else str(model)
     teacher = Teacher(folder, name, raw, config, family, skeleton, moe_layers)
@@ -123,22 +165,14 @@ def open_teacher(model: str | Path, config_only: bool = False) -> Teacher:
     return teacher
 
 
-def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The decoder layers of a stock causal LM."""
-    return cast(torch.nn.ModuleList, model.base_model.layers)
-
-
-def _has_module(layer: torch.nn.Module, path: str) -> bool:
-    try:
-        layer.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(math.prod(p.shape) for p in model.parameters())
+def has_experts(model: str | Path) -> bool:
+    """Whether a folder or hub id holds a model that `open_teacher` would open."""
+    _, config = read_config(locate(model, config_only=True))
+    skeleton = make_skeleton(config, model)
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        return bool(experts_modules(skeleton))
+    return any(has_module(layer, family.experts) for layer in layers_of(skeleton))
 
 
 def dtype_of(config: PretrainedConfig, folder: Path) -> torch.dtype:

@@ -125,8 +125,11 @@ def every_expert(experts: StackedExperts, hidden: Tensor) -> Tensor:
     """f_e(x) of every expert on every token, and one free row at the end: [E + 1, N, H]."""
     outputs = hidden.new_empty(experts.num_experts + 1, *hidden.shape)
     for expert in range(experts.num_experts):
-        inner = experts.glu(hidden @ experts.gate_up_proj[expert].T)
-        torch.mm(inner, experts.down_proj[expert].T, out=outputs[expert])
+        inner, down = experts.inner(expert, hidden), experts.down_proj[expert].T
+        if experts.down_bias is None:
+            torch.mm(inner, down, out=outputs[expert])
+        else:
+            torch.addmm(experts.down_bias[expert], inner, down, out=outputs[expert])
     return outputs
 
 
@@ -141,8 +144,7 @@ def chunk_tokens(experts: StackedExperts, hidden: Tensor) -> int:
 
 def weight_gram(experts: StackedExperts) -> Tensor:
     """W [E, E]: inner products of the experts' own weights, gate, up and down together."""
-    gate_up, down = experts.gate_up_proj.flatten(1), experts.down_proj.flatten(1)
-    return inner_products(gate_up) + inner_products(down)
+    return torch.stack([inner_products(p) for p in experts.parameters_of_routed()]).sum(0)
 
 
 def router_gram(router: nn.Module) -> Tensor:

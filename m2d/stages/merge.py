@@ -80,7 +80,11 @@ def write_student(
         raw = {k: v for k, v in raw.items() if k != "torch_dtype"}
         raw["dtype"] = str(dtype).removeprefix("torch.")
     tensors = StudentTensors(
-        teacher.family, Checkpoint(teacher.folder), stored_shapes(skeleton), dtype
+        teacher.family,
+        Checkpoint(teacher.folder),
+        stored_shapes(skeleton),
+        dtype,
+        hub_names=True,
     )
     specs = tensors.specs(plan)
     record = describe(teacher, plan, skeleton, raw.get("dtype", raw.get("torch_dtype")))

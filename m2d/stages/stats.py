@@ -5,28 +5,23 @@ Definitions: docs/method.md. Sums are float64, so that shares of the tokens add 
 
 import argparse
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from m2d import __version__
 from m2d.artifacts import sha256_of
 from m2d.choose.inputs import RoutingStatistics
 from m2d.models.experts import StackedExperts
+from m2d.models.routers import PROBABILITIES, router_logits
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options
 from m2d.progress import say
 from m2d.statistics import write_routing
 from m2d.tokens import read_tokens
-
-PROBABILITIES = {
-    "softmax": lambda logits: functional.softmax(logits, dim=-1, dtype=torch.float32),
-    "sigmoid": lambda logits: torch.sigmoid(logits.float()),
-}
 
 
 def routing_sums(
@@ -61,6 +56,7 @@ class RoutingTotals:
 
     def __init__(self, teacher: Teacher):
         self.probabilities = PROBABILITIES[teacher.family.probabilities]
+        self.float32 = teacher.family.router_float32
         self.sums: dict[int, dict[str, Tensor]] = {}
 
     def visit(
@@ -73,7 +69,7 @@ class RoutingTotals:
         weights: Tensor,
         norms: Tensor,
     ) -> None:
-        logits = functional.linear(hidden, cast(Tensor, router.weight))
+        logits = router_logits(router, hidden, self.float32)
         batch = routing_sums(self.probabilities(logits), index, weights, norms)
         total = self.sums.setdefault(
             layer, {name: torch.zeros_like(v) for name, v in batch.items()}

@@ -1,0 +1,57 @@
+"""The stock model class of a config, with every parameter on the meta device."""
+
+import math
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from m2d.errors import UserError
+
+
+def make_skeleton(config: PretrainedConfig, where: Path | str) -> PreTrainedModel:
+    """The stock model class with parameters on the meta device, buffers real."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{where}: transformers cannot build a causal LM from it "
+            f"({reason[0] if reason else type(error).__name__})"
+        ) from None
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a stock causal LM."""
+    return cast(nn.ModuleList, model.base_model.layers)
+
+
+def has_module(layer: nn.Module, path: str) -> bool:
+    """Whether there is a module of that path."""
+    try:
+        layer.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def experts_modules(model: PreTrainedModel) -> dict[int, str]:
+    """Layer -> module path of its experts, for those with transformers' common interface."""
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return {}
+    return {
+        index: path
+        for index, layer in enumerate(layers)
+        for path, module in layer.named_modules()
+        if hasattr(module, "is_concatenated") and hasattr(module, "down_proj")
+    }
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(math.prod(p.shape) for p in model.parameters())
