@@ -132,7 +132,7 @@ def read_grid(files: Iterable[str | Path]) -> pd.DataFrame:
     grid["same_as"] = first.where(first != label, "")
     best = grid.groupby("teacher")["perplexity"].transform("min")
     grid["relative"] = grid["perplexity"] / best
-    leading = ["teacher", "scoring", "grouping", "scaling", "keep"]
+    leading = [*keys, "perplexity", "relative", "same_as"]
     return grid[leading + [column for column in grid if column not in leading]]
 
 

@@ -62,27 +62,38 @@ show();
 """
 
 
-def show_number(value: float) -> str:
-    """Four significant digits, whole numbers in full with thousands apart."""
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}" if abs(value) >= 10_000 else str(int(value))
-    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+def shown(frame: pd.DataFrame) -> pd.DataFrame:
+    """The cells of `frame` as text: whole numbers in full, others with about four digits and the
+    same number of decimals down a column; nothing for a missing value.
+    """
+    columns = [_shown_column(frame.iloc[:, place]) for place in range(frame.shape[1])]
+    return pd.DataFrame(dict(zip(frame.columns, columns, strict=True)), index=frame.index)
 
 
-def _cell(value: object) -> str:
-    if value is None or value is pd.NA or value != value:
-        return "<td></td>"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f'<td class="number" data-v="{value!r}">{show_number(value)}</td>'
-    return f"<td>{html.escape(str(value))}</td>"
+def _shown_column(column: pd.Series) -> list[str]:
+    values = column.astype(object).where(column.notna(), None).tolist()
+    if not pd.api.types.is_numeric_dtype(column.dtype):
+        return ["" if value is None else str(value) for value in values]
+    numbers = [float(value) for value in values if value is not None]
+    whole = all(number.is_integer() for number in numbers)
+    largest = max((abs(number) for number in numbers), default=0.0)
+    decimals = 0 if whole else max(0, 4 - max(1, len(str(int(largest)))))
+    comma = "," if largest >= 10_000 else ""
+    return ["" if value is None else f"{value:{comma}.{decimals}f}" for value in values]
+
+
+def _cell(value: object, text: str) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and text:
+        return f'<td class="number" data-v="{value!r}">{text}</td>'
+    return f"<td>{html.escape(text)}</td>"
 
 
 def table_html(frame: pd.DataFrame, title: str, caption: str) -> str:
     """`frame` as a self-contained HTML document. The same frame always gives the same text."""
     plain = frame.astype(object).where(frame.notna(), None)
+    pairs = zip(plain.to_numpy(), shown(frame).to_numpy(), strict=True)
     rows = "\n".join(
-        "<tr>" + "".join(_cell(value) for value in row) + "</tr>"
-        for row in plain.itertuples(index=False, name=None)
+        "<tr>" + "".join(map(_cell, values, texts)) + "</tr>" for values, texts in pairs
     )
     numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in frame.dtypes]
     heads = "".join(

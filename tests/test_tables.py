@@ -11,8 +11,8 @@ import synthetic_run as run
 from m2d import cli
 from m2d.errors import UserError
 from m2d.results import Place, as_rows, place_of, read_published
-from m2d.stages.tables import TABLES, make_tables
-from m2d.table_html import show_number, table_html
+from m2d.stages.tables import TABLES, make_tables, write_table
+from m2d.table_html import shown, table_html
 
 
 @pytest.fixture(scope="module")
@@ -177,15 +177,25 @@ def test_html_escapes_and_keeps_full_values() -> None:
     page = table_html(pd.DataFrame({"<a>": [1 / 3, None], "b": ["<i>", "x"]}), "T", "C")
     assert "<i>" not in page
     assert "&lt;i&gt;" in page
-    assert 'data-v="0.3333333333333333">0.3333<' in page
+    assert 'data-v="0.3333333333333333">0.333<' in page
     assert "<td></td>" in page
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"), [(3, "3"), (3340449792, "3,340,449,792"), (0.12345, "0.1235"), (12, "12")]
-)
-def test_numbers_are_shown_short(value: float, shown: str) -> None:
-    assert show_number(value) == shown
+def test_numbers_are_shown_alike_down_a_column() -> None:
+    frame = pd.DataFrame({"a": [3340449792, 2], "b": [57.1, 53.0], "c": [0.12345, None]})
+    assert shown(frame).to_dict("list") == {
+        "a": ["3,340,449,792", "2"],
+        "b": ["57.10", "53.00"],
+        "c": ["0.123", ""],
+    }
+
+
+def test_for_reading_empty_columns_are_left_out(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"rule": ["a"], "jobs": [None]})
+    write_table(frame, "timings", tmp_path)
+    assert "| jobs" not in (tmp_path / "timings.md").read_text(encoding="utf-8")
+    assert "jobs</button>" not in (tmp_path / "timings.html").read_text(encoding="utf-8")
+    assert "jobs" in (tmp_path / "timings.csv").read_text(encoding="utf-8")
 
 
 def test_bad_inputs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

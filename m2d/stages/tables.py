@@ -25,7 +25,7 @@ from m2d.results import (
     read_provenance,
     read_published,
 )
-from m2d.table_html import show_number, table_html
+from m2d.table_html import shown, table_html
 
 AXES = ("scoring", "grouping", "scaling", "keep")
 STUDENT = ["teacher", "student", "variant"]
@@ -133,7 +133,14 @@ def students(long: pd.DataFrame) -> pd.DataFrame:
         index["average"] = index[tasks].mean(axis=1, skipna=False)
         errors = index[[f"{task} ±" for task in tasks]].astype(float)
         index["average ±"] = np.sqrt((errors**2).sum(axis=1, skipna=False)) / len(tasks)
-    return index.reset_index()
+    table = index.reset_index()
+    # The teacher, then each student as merged, then distilled. What was measured comes first.
+    first = table["variant"].map({"teacher": 0, "merged": 1}).fillna(2)
+    table = table.assign(first=first).sort_values(
+        ["teacher", "student", "first", "variant"], na_position="first", ignore_index=True
+    )
+    measured = [c for c in table if c not in (*STUDENT, *PLAN, "first")]
+    return table[[*STUDENT, *measured, *PLAN]]
 
 
 def distilled_grid(wide: pd.DataFrame) -> pd.DataFrame:
@@ -260,11 +267,12 @@ def write_table(frame: pd.DataFrame, name: str, folder: Path) -> None:
     """Write one table as NAME.csv, .md, .parquet and .html."""
     title, caption = TABLES[name]
     write_text(folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
-    plain = frame.astype(object).where(frame.notna(), None)
-    shown = plain.map(lambda v: show_number(v) if isinstance(v, (int, float)) else (v or ""))
-    markdown = shown.to_markdown(index=False, disable_numparse=True) if len(frame) else "No rows.\n"
+    # For reading, columns without any value are left out; the CSV and Parquet files keep them.
+    filled = frame.dropna(axis="columns", how="all") if len(frame) else frame
+    text = shown(filled)
+    markdown = text.to_markdown(index=False, disable_numparse=True) if len(frame) else "No rows."
     write_text(folder / f"{name}.md", f"# {title}\n\n{caption}\n\n{markdown}\n")
-    write_text(folder / f"{name}.html", table_html(frame, title, caption))
+    write_text(folder / f"{name}.html", table_html(filled, title, caption))
     with atomic_path(folder / f"{name}.parquet") as temporary:
         frame.to_parquet(temporary, index=False)
 
