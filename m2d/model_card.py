@@ -4,36 +4,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from m2d import __version__
+from m2d.choose.names import TERMS
 
 METHOD = "https://arxiv.org/abs/2605.28207"
-# code identifier -> (the paper's term, in words)
 SCORINGS = {
-    "selection_freq": ("SF", "how often the router selects them"),
-    "preselect_prob": ("PP", "their mean router probability before top-k"),
-    "postselect_prob": ("PS", "their mean routing weight after top-k"),
-    "conditional_prob": ("CP", "their mean router probability where they are selected"),
-    "reap": ("ACP", "their router probability where selected, times the size of their output"),
-    "gram_logdet": (
-        "DO-CP",
-        "a greedy D-optimal choice: router probability where selected, penalising experts whose "
-        "outputs resemble those already chosen",
-    ),
-    "gld_reap": (
-        "DO-ACP",
-        "a greedy D-optimal choice: router probability where selected times output size, "
-        "penalising experts whose outputs resemble those already chosen",
-    ),
+    "selection_freq": "how often the router selects them",
+    "preselect_prob": "their mean router probability before top-k",
+    "postselect_prob": "their mean routing weight after top-k",
+    "conditional_prob": "their mean router probability where they are selected",
+    "reap": "their router probability where selected, times the size of their output",
+    "gram_logdet": "a greedy D-optimal choice: router probability where selected, penalising "
+    "experts whose outputs resemble those already chosen",
+    "gld_reap": "a greedy D-optimal choice: router probability where selected times output size, "
+    "penalising experts whose outputs resemble those already chosen",
+    "omp": "a greedy choice of those whose outputs together best fit the routed output",
 }
 GROUPINGS = {
-    "round_robin": ("RR", "dealt to the groups in turn, in order of importance"),
-    "weight_cluster": ("WC", "clustered by the distances between their weights"),
-    "router_cluster": ("RC", "clustered by the distances between their router rows"),
-    "dominant_expert": ("AB", "joined to the most similar of the leading experts"),
-    "output_cluster": ("OC", "clustered by the distances between their outputs"),
+    "round_robin": "dealt to the groups in turn, in order of importance",
+    "weight_cluster": "clustered by the distances between their weights",
+    "router_cluster": "clustered by the distances between their router rows",
+    "dominant_expert": "joined to the most similar of the leading experts",
+    "output_cluster": "clustered by the distances between their outputs",
 }
 SCALINGS = {
     "uniform": "every group's down projection is scaled alike, by the mean routing weight",
     "proportional": "each group's down projection is scaled by its share of the importance",
+    "least_squares": "each group's down projection is scaled to fit the routed output best",
 }
 
 
@@ -62,9 +58,9 @@ def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None =
         f"# A dense student of {name or 'a Mixture-of-Experts teacher'}\n",
         _introduction(name, teacher, student, bool(distillation)),
         "## How it was made\n",
-        _plan(_section(provenance, "plan")),
-        _calibration(_section(provenance, "calibration")),
-        _distillation(distillation),
+        _plan(_section(provenance, "plan"))
+        + _calibration(_section(provenance, "calibration"))
+        + _distillation(distillation),
         _scores(scores),
         _loading(provenance.get("dtype")),
         _licence(teacher.get("license")),
@@ -117,22 +113,27 @@ def _plan(plan: dict[str, Any]) -> str:
     layers = f" in each of {plan['moe_layers']} layers" if plan.get("moe_layers") else ""
     lines = []
     if keep:
-        term, words = SCORINGS.get(scoring, (scoring, f"`{scoring}`"))
         lines.append(
-            f"- Kept: {keep}{of_all} routed experts{layers}, chosen by `{scoring}` ({term}): "
-            f"{words}."
+            f"- Kept: {keep}{of_all} routed experts{layers}, chosen by "
+            f"{_method('scoring', scoring, SCORINGS)}."
         )
     if keep and keep == groups:
         lines.append(f"- Merged: nothing; the {groups} experts are copied exactly (pure pruning).")
     elif groups:
-        term, words = GROUPINGS.get(grouping, (grouping, f"by `{grouping}`"))
         lines.append(
-            f"- Merged: into {groups} groups by `{grouping}` ({term}): {words}. Each group is the "
-            "average of its experts' weights, weighted by their importance."
+            f"- Merged: into {groups} groups by {_method('grouping', grouping, GROUPINGS)}. Each "
+            "group is the average of its experts' weights, weighted by their importance."
         )
     if scaling:
         lines.append(f"- Scaled: `{scaling}`, {SCALINGS.get(scaling, 'see plan.json')}.")
     return "\n".join(lines) + "\n" if lines else ""
+
+
+def _method(kind: str, identifier: str, words: Mapping[str, str]) -> str:
+    """`gld_reap` (DO-ACP): what it does."""
+    term = TERMS[kind].get(identifier)
+    text = f"`{identifier}`" + (f" ({term})" if term else "")
+    return text + (f": {words[identifier]}" if identifier in words else "")
 
 
 def _calibration(calibration: dict[str, Any]) -> str:
