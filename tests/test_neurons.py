@@ -69,7 +69,7 @@ def test_greedy_passes_over_what_others_already_say():
     columns = basis[:, [0, 0, 1, 2]]
     target = basis @ np.diag([3.0, 2.0, 1.0])
     candidates = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
-    neurons, gains = greedy_neurons(candidates, columns.T @ columns, columns.T @ target, 4)
+    neurons, gains = greedy_neurons(candidates, columns.T @ columns, columns.T @ target, 4, 1e-4)
     assert neurons.tolist() == [[0, 0], [1, 0], [1, 1], [0, 1]]
     np.testing.assert_allclose(gains, [9, 4, 1, 0], rtol=1e-3, atol=1e-3)
 

@@ -40,7 +40,7 @@ def top_neurons(score: Matrix, width: int) -> Neurons:
 
 
 def greedy_neurons(
-    candidates: Neurons, gram: Matrix, cross: Matrix, width: int, ridge: float = 1e-4
+    candidates: Neurons, gram: Matrix, cross: Matrix, width: int, ridge: float = 1e-2
 ) -> tuple[Neurons, Vector]:
     """`width` of the candidates, each the one that a refitted down projection gains most from.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m2d.errors import UserError
 
-RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+RIDGES = (1.0, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-6)
 
 
 @dataclass
