@@ -59,8 +59,13 @@ def cut(text: str, at: int, length: int) -> tuple[str, str] | None:
     blank = re.compile(r"(?<=\S) (?=\S)").search(text, at)
     if blank is None or blank.start() > 2 * at:
         return None
-    after = text[blank.end() : blank.end() + length + 1].rsplit(None, 1)[0]
+    after = whole_words(text[blank.end() :], length)
     return (text[: blank.start()], after) if len(after) > length // 2 else None
+
+
+def whole_words(text: str, length: int) -> str:
+    """At most `length` characters of `text`, without a word cut in two."""
+    return text if len(text) <= length else text[: length + 1].rsplit(None, 1)[0]
 
 
 def shuffled(rng: random.Random, right: T, wrong: Sequence[T]) -> tuple[list[T], int]:
@@ -116,7 +121,7 @@ def described_parameters(document: Document) -> Iterator[tuple[str, str, str]]:
             # Enough to name the parameter; more would make every prompt longer.
             before = before[-CONTEXT:].split(" ", 1)[-1] if len(before) > CONTEXT else before
             words = " ".join(text[start : match.end()].split())
-            shown = words[: CONTINUATION + 1].rsplit(" ", 1)[0]
+            shown = whole_words(words, CONTINUATION)
             if len(shown) >= MIN_DESCRIPTION:
                 yield match[1], before, gap + shown
 
