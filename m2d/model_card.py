@@ -42,6 +42,7 @@ def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None =
     - `student`: {`architecture`: class name, `parameters`: int}
     - `plan`: {`scoring`, `grouping`, `scaling`, `keep`, `groups`, `num_experts`, `moe_layers`}
     - `calibration`: {`source`, `sequences`, `length`}
+    - `refit`: {`variant`}; absent for a student whose down projections were not solved anew
     - `distillation`: {`source`, `tokens`, `steps`, `learning_rate`, `teacher_top_k`}; absent for
       a student that was not distilled
     - `dtype`, `m2d_version`
@@ -60,6 +61,7 @@ def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None =
         "## How it was made\n",
         _plan(_section(provenance, "plan"))
         + _calibration(_section(provenance, "calibration"))
+        + _refit(_section(provenance, "refit"))
         + _distillation(distillation),
         _scores(scores),
         _loading(provenance.get("dtype")),
@@ -149,6 +151,13 @@ def _calibration(calibration: dict[str, Any]) -> str:
             f"({int(sequences) * int(length):,} in all)"
         )
     return text + ".\n"
+
+
+def _refit(refit: dict[str, Any]) -> str:
+    if not refit:
+        return ""
+    inputs = "the student's" if refit.get("variant") == "sequential" else "the teacher's"
+    return f"- Refit: the down projections by ridge regression, on {inputs} own activations.\n"
 
 
 def _distillation(distillation: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
-from m2d.models.stream import StreamedTeacher
+from m2d.models.stream import StreamedTeacher, _drop
 from m2d.models.teacher import Teacher, make_skeleton, read_config
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative; else 2e-2
@@ -118,8 +118,12 @@ class SteppedModel(StreamedTeacher):
             self.calls.setdefault(len(ids), [tap.call for tap in self.taps])
 
     def load(self, index: int) -> nn.Module:
-        """The layer with its weights. The caller drops it with `.to("meta")`."""
+        """The layer with its weights."""
         return self._load_layer(index)
+
+    def drop(self, layer: nn.Module) -> None:
+        """Free a layer's weights."""
+        _drop(layer)
 
     def call(self, index: int, i: int) -> dict[str, Any]:
         """The arguments that layer `index` has besides the hidden states of batch i."""
@@ -210,9 +214,13 @@ class StudentFeedForward:
             rounded, self.bias = rounded[:-1], rounded[-1]
         self.weight = rounded.T.contiguous()
 
+    def base(self, block_input: Tensor) -> Tensor:
+        """base [B, T, H] of the block's input [B, T, H]; h is then that of this call."""
+        return _first(self.block(block_input))
+
     def output(self, block_input: Tensor) -> Tensor:
         """The whole block's output [B, T, H] of its input [B, T, H]."""
-        base = _first(self.block(block_input))
+        base = self.base(block_input)
         inner, weight = self.taken()
         out = functional.linear(inner, self.weight, self.bias)
         return base + (out if weight is None else out * weight.to(out.dtype)).view_as(base)

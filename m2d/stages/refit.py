@@ -110,8 +110,11 @@ def refit(
         theirs = source.load(index)
         if index not in teacher.moe_layers:
             source.advance(theirs, index)
+            source.drop(theirs)
             if variant == "sequential":
-                target.advance(target.load(index), index)
+                ours = target.load(index)
+                target.advance(ours, index)
+                target.drop(ours)
             continue
         ours = target.load(index)
         feed_forward = StudentFeedForward(ours, teacher.family)
@@ -124,23 +127,22 @@ def refit(
                 halves = run_halves(ours, feed_forward.block, target.hidden[i], call)
                 # r_T + m y_T is where the teacher's stream goes on; m times what the FFN puts out,
                 # and r_S, must add up to it.
-                drift = expected.residual.float() - halves.residual.float()
-                wanted = expected.block_output.float() + drift / residual_multiplier(ours)
-                fitting.add(i, wanted - halves.block_output.float())
+                drift = wide(expected.residual) - wide(halves.residual)
+                wanted = wide(expected.block_output) + drift / residual_multiplier(ours)
+                fitting.add(i, wanted - wide(halves.block_output))
                 halves.block_output = halves.block_output[:0]
                 kept.append(halves)
             else:
-                base = feed_forward.block(expected.block_input)
-                base = base[0] if isinstance(base, tuple) else base
-                fitting.add(i, expected.block_output.float() - base.float())
+                base = feed_forward.base(expected.block_input)
+                fitting.add(i, wide(expected.block_output) - wide(base))
         rows[index], report = fitting.solve(index, ridges, disk)
         reports.append(report)
         feed_forward.replace(rows[index], disk)
         for i, halves in enumerate(kept):
             out = feed_forward.output(halves.block_input)
             target.hidden[i] = halves.residual + residual_multiplier(ours) * out
-        theirs.to("meta")
-        ours.to("meta")
+        source.drop(theirs)
+        target.drop(ours)
     return Refitted(rows, reports)
 
 
@@ -155,6 +157,11 @@ def _teacher_half(
         check_halves(layer, halves, source.hidden[i], call, source.teacher.name)
     source.hidden[i] = halves.residual + residual_multiplier(layer) * halves.block_output
     return halves
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def held_out_sequences(sequences: int, every: int) -> Tensor:
