@@ -2,9 +2,9 @@
 
 What is asked of the class is transformers' common experts interface: fused `gate_up_proj` and
 `down_proj`, and `forward(hidden_states, top_k_index, top_k_weights)`. How its router weighs is
-found by running it on random numbers. The student is the same class with one expert and top-1, exact
-whatever else is in the block; where the class cannot route to a single expert, it is the
-same class with every layer dense, if its block is found to be the plain sum that this needs.
+found by running it on random numbers. The student is the same class with one expert and top-1,
+exact whatever else is in the block; where the class cannot route to a single expert, it is the same
+class with every layer dense, if its block is found to be the plain sum that this needs.
 """
 
 import copy
@@ -26,7 +26,6 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 TOP_KS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
 WIDTHS = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
 GROUPS = ("n_group", "num_expert_group", "topk_group")
-ROUTERS = ("gate", "router")
 PROBE_TOKENS = 5
 
 
@@ -58,7 +57,7 @@ def describe(config: PretrainedConfig, skeleton: PreTrainedModel, where: str) ->
         experts.down_proj.shape[0],
         experts.down_proj.shape[1 if experts.is_transposed else 2],
     )
-    router = next((child for child in ROUTERS if _rows(block, child) == count), None)
+    router = _router(block, name, count)
     if router is None:
         raise UserError(f"{unsupported} has a router without one row of weights per expert")
     keys = {
@@ -89,9 +88,14 @@ def describe(config: PretrainedConfig, skeleton: PreTrainedModel, where: str) ->
     return family
 
 
-def _rows(block: nn.Module, child: str) -> int | None:
-    weight = getattr(getattr(block, child, None), "weight", None)
-    return weight.shape[0] if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
+def _router(block: nn.Module, experts: str, count: int) -> str | None:
+    """Path, in the block, of what has a weight of one row per expert."""
+    for path, module in block.named_modules():
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        rows = weight is not None and weight.dim() == 2 and weight.shape[0] == count
+        if rows and not path.startswith((experts, "shared")):
+            return path
+    return None
 
 
 def _key(config: PretrainedConfig, names: tuple[str, ...], value: int | None) -> str | None:
@@ -189,7 +193,7 @@ def _student_skeleton(family: Family, config: PretrainedConfig, width: int) -> P
 def _weight_of_one(family: Family, config: PretrainedConfig, layer: int) -> float | None:
     """The weight that a router of one expert gives it; None where that cannot be."""
     block_path, _, name = family.experts.rpartition(".")
-    router = family.router.rpartition(".")[2]
+    router = family.router.removeprefix(f"{block_path}.")
     hidden = torch.randn(
         PROBE_TOKENS, config.hidden_size, generator=torch.Generator().manual_seed(4)
     )
@@ -214,7 +218,7 @@ def _all_dense(
 ) -> dict[str, Any]:
     """Fields of the family whose student is dense in every layer; empty where it is not exact."""
     block_path, _, name = family.experts.rpartition(".")
-    router = family.router.rpartition(".")[2]
+    router = family.router.removeprefix(f"{block_path}.")
     layers = int(config.num_hidden_layers)
     options: list[dict[str, Any]] = [
         {"mlp_layer_types": ["dense"] * layers},

@@ -2,20 +2,42 @@
 
 import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from m2d.errors import UserError
+
+# Tensors of more elements than this are never allocated, not even for a moment.
+LARGEST_REAL_TENSOR = 2**24
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large new tensors on the meta device.
+
+    Experts' parameters are allocated before accelerate's `init_empty_weights` sees them, and those
+    of one layer may be larger than memory. Buffers, which must be real, are small.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
+            shape = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
+            if shape and math.prod(shape) > LARGEST_REAL_TENSOR:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def make_skeleton(config: PretrainedConfig, where: Path | str) -> PreTrainedModel:
     """The stock model class with parameters on the meta device, buffers real."""
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _LargeOnMeta():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
     except Exception as error:
         reason = str(error).strip().splitlines()

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from m2d.artifacts import write_json
 from m2d.errors import UserError
-from m2d.models.families import FAMILIES
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import (
     dtype_of,
+    has_experts,
     locate,
     open_teacher,
     pick_device,
@@ -109,7 +109,7 @@ def measure(
     folder = locate(model)
     _, config = read_config(folder)
     chosen = pick_dtype(dtype, dtype_of(config, folder))
-    if config.model_type in FAMILIES:
+    if has_experts(model):
         stream = StreamedTeacher(open_teacher(model), chosen, device)
         total = streamed_nll(stream, tokens, batch)
     else:
