@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
 from m2d import __version__
 from m2d.artifacts import atomic_path, read_json, sha256_of
@@ -87,7 +87,7 @@ def record_of(
 def save_result(
     out: Path,
     student: Path,
-    model: PreTrainedModel,
+    config: PretrainedConfig,
     weights: dict[str, Tensor],
     dtype: torch.dtype,
     metrics: Path,
@@ -97,7 +97,7 @@ def save_result(
 
     `weights` are cast to `dtype`, that of the student's folder, whatever they were trained in.
     """
-    fresh = make_skeleton(model.config, student)
+    fresh = make_skeleton(config, student)
     cast = {name: weight.detach().to("cpu", dtype) for name, weight in weights.items()}
     fresh.load_state_dict(cast, assign=True)
     fresh.tie_weights()

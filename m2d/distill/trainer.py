@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
 
 from m2d.artifacts import flush_to_disk, fsync
@@ -213,6 +214,8 @@ class DistillationTrainer(Trainer):
             state = self.accelerator.get_state_dict(self.deepspeed)
         else:
             state = self.student_loss.state_dict()
+        # Else transformers would partition whatever model is made next.
+        unset_hf_deepspeed_config()
         return {name.removeprefix("student."): value for name, value in (state or {}).items()}
 
 

@@ -8,6 +8,7 @@ goes on from its last checkpoint when the same command is given again.
 import argparse
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,10 @@ def start_processes(strategy: str, device: str | None) -> tuple[str, Any]:
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     chosen = pick_device(device)
+    # DeepSpeed is imported by accelerate in any case, and would look for an accelerator aloud.
+    os.environ.setdefault("DS_ACCELERATOR", chosen.type)
+    # torch, accelerate and DeepSpeed warn one another of their coming changes at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -136,7 +141,7 @@ def start_processes(strategy: str, device: str | None) -> tuple[str, Any]:
             for key, value in {**alone, "MASTER_PORT": str(free_port())}.items():
                 os.environ.setdefault(key, value)
         start_deepspeed(backend)
-    elif processes > 1:
+    elif processes > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)
     return strategy, chosen
 
@@ -146,7 +151,6 @@ def start_deepspeed(backend: str) -> None:
 
     That extension takes a minute to build, needs a compiler, and gives the same losses.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if backend == "gloo" else "cuda")
     import logging
 
     import deepspeed
@@ -263,13 +267,11 @@ def main(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """The whole stage, in every process."""
     import torch
-    from transformers.utils import logging
 
     from m2d.distill.data import PackedTokens
     from m2d.models.teacher import locate, pick_dtype, quiet, read_config
 
     require_absent(args.out)
-    logging.disable_progress_bar()  # of loading and saving: seconds, and not ours
     student_folder, teacher_folder = locate(args.student), locate(args.teacher)
     _, student_config = read_config(student_folder)
     _, teacher_config = read_config(teacher_folder)
@@ -335,7 +337,10 @@ def run(args: argparse.Namespace) -> None:
             student_folder, Path(args.teacher).name, teacher_config, recipe, identity, args.tokens
         )
         metrics = work / "metrics.jsonl"
-        result.save_result(args.out, student_folder, student, weights, own_dtype, metrics, record)
+        with quiet():
+            result.save_result(
+                args.out, student_folder, student.config, weights, own_dtype, metrics, record
+            )
         for folder in [work, *result.other_work(args.out, work)]:
             shutil.rmtree(folder)
     if torch.distributed.is_initialized():

@@ -1,0 +1,161 @@
+"""The chunked loss against the direct formula in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from m2d.distill.loss import Head, default_chunk, distillation_loss
+
+TOKENS, STUDENT_HIDDEN, TEACHER_HIDDEN, VOCABULARY = 23, 12, 20, 51
+
+
+def case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Student hidden and head, teacher hidden and head; logits of a trained model's size."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return (
+        draw(TOKENS, STUDENT_HIDDEN).requires_grad_(),
+        draw(VOCABULARY, STUDENT_HIDDEN).requires_grad_(),
+        draw(TOKENS, TEACHER_HIDDEN),
+        draw(VOCABULARY, TEACHER_HIDDEN),
+    )
+
+
+def direct_divergence(name: str, z: Tensor, t: Tensor) -> Tensor:
+    """The textbook formula on full logits, [T, V] -> scalar sum."""
+    log_q, log_p = z.log_softmax(-1), t.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    if name == "forward_kl":
+        return (p * (log_p - log_q)).sum()
+    if name == "reverse_kl":
+        return (q * (log_q - log_p)).sum()
+    log_m = ((p + q) / 2).log()
+    return 0.5 * (p * (log_p - log_m)).sum() + 0.5 * (q * (log_q - log_m)).sum()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize("variant", ["plain", "temperature", "softcap", "scaled", "cross_entropy"])
+def test_value_and_gradients_match_float64(divergence: str, chunk: int, variant: str) -> None:
+    temperature = 2.5 if variant == "temperature" else 1.0
+    softcap = 3.0 if variant == "softcap" else None
+    multiplier = 0.25 if variant == "scaled" else 1.0
+    weight = 0.3 if variant == "cross_entropy" else 0.0
+    labels = torch.arange(TOKENS) * 7 % VOCABULARY
+    labels[::5] = -100
+    bias = torch.linspace(-1, 1, VOCABULARY)
+
+    student, head, teacher, teacher_head = case()
+    own_bias = bias.clone().requires_grad_()
+    loss = distillation_loss(
+        student,
+        Head(head, own_bias, multiplier, softcap),
+        teacher,
+        Head(teacher_head, bias.flip(0), 1 / 3, softcap),
+        divergence=divergence,
+        temperature=temperature,
+        labels_T=labels,
+        cross_entropy_weight=weight,
+        chunk=chunk,
+    )
+    (loss / TOKENS).backward()
+
+    exact = [x.detach().double().requires_grad_() for x in (student, head, bias)]
+    z = (exact[0] @ exact[1].t() + exact[2]) * multiplier
+    t = (teacher.double() @ teacher_head.double().t() + bias.double().flip(0)) / 3
+    if softcap:
+        z, t = softcap * torch.tanh(z / softcap), softcap * torch.tanh(t / softcap)
+    expected = direct_divergence(divergence, z / temperature, t / temperature) * temperature**2
+    labelled = int((labels >= 0).sum())
+    ce = torch.nn.functional.cross_entropy(z, labels, reduction="sum") * TOKENS / labelled
+    expected = (1 - weight) * expected + weight * ce
+    (expected / TOKENS).backward()
+
+    torch.testing.assert_close(loss.double(), expected, rtol=3e-6, atol=0)
+    for ours, theirs in zip((student, head, own_bias), exact, strict=True):
+        scale = float(theirs.grad.abs().max())
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=3e-6 * scale)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_student_equal_to_teacher_has_no_loss(divergence: str) -> None:
+    student, head, _, _ = case()
+    loss = distillation_loss(
+        student, Head(head), student.detach(), Head(head.detach()), divergence=divergence, chunk=5
+    )
+    loss.backward()
+    # forward KL: exactly 0, since p - q is a difference of equal numbers; the others to rounding
+    bound = 0.0 if divergence == "forward_kl" else 1e-6
+    assert abs(loss.item()) <= bound * TOKENS
+    assert float(student.grad.abs().max()) <= bound
+    assert float(head.grad.abs().max()) <= bound
+
+
+def test_full_logits_never_exist() -> None:
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    student, head, teacher, teacher_head = case()
+    with Largest():
+        distillation_loss(student, Head(head), teacher, Head(teacher_head), chunk=4).backward()
+    assert largest == max(4 * VOCABULARY, VOCABULARY * TEACHER_HIDDEN, TOKENS * TEACHER_HIDDEN)
+    assert largest < TOKENS * VOCABULARY
+
+
+def test_bf16_autocast_is_near_float64_and_deterministic() -> None:
+    student, head, teacher, teacher_head = case()
+    gradients = []
+    for _ in range(2):
+        student.grad = head.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = distillation_loss(
+                student, Head(head), teacher.bfloat16(), Head(teacher_head.bfloat16()), chunk=6
+            )
+        loss.backward()
+        gradients.append((student.grad.clone(), head.grad.clone()))
+    assert student.grad.dtype == head.grad.dtype == torch.float32
+    exact = [x.detach().double().requires_grad_() for x in (student, head)]
+    z, t = exact[0] @ exact[1].t(), teacher.double() @ teacher_head.double().t()
+    expected = direct_divergence("forward_kl", z, t)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
+    for ours, theirs in zip(gradients[0], exact, strict=True):
+        scale = float(theirs.grad.abs().max())
+        torch.testing.assert_close(ours.double(), theirs.grad, rtol=0, atol=2e-2 * scale)
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_gradient_is_scaled_and_frozen_parts_get_none() -> None:
+    student, head, teacher, teacher_head = case()
+    distillation_loss(student, Head(head), teacher, Head(teacher_head)).backward()
+    once = student.grad.clone()
+    student.grad = None
+    frozen = Head(head.detach())
+    (3 * distillation_loss(student, frozen, teacher, Head(teacher_head))).backward()
+    torch.testing.assert_close(student.grad, 3 * once)
+    with torch.no_grad():
+        assert not distillation_loss(student, Head(head), teacher, Head(teacher_head)).requires_grad
+
+
+def test_chunks_shrink_with_the_vocabulary() -> None:
+    cpu = torch.device("cpu")
+    assert default_chunk(4096, cpu) > default_chunk(151_936, cpu) >= 64
+    with pytest.raises(ValueError, match="needs labels"):
+        distillation_loss(*sum_args(), cross_entropy_weight=0.5)
+
+
+def sum_args() -> tuple[Tensor, Head, Tensor, Head]:
+    student, head, teacher, teacher_head = case()
+    return student, Head(head), teacher, Head(teacher_head)
