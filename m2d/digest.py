@@ -14,7 +14,7 @@ import ast
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -26,15 +26,36 @@ WITHOUT_EFFECT = frozenset(
 WORDING = frozenset({"help", "metavar", "description"})  # of argparse options
 
 
+class Statement:
+    """A top-level statement; what is asked of it is worked out once, for all digests."""
+
+    def __init__(self, node: ast.stmt):
+        self.node = node
+
+    @cached_property
+    def text(self) -> str:
+        """Its source without comments, docstrings and layout."""
+        return normalised(self.node)
+
+    @cached_property
+    def chains(self) -> list[list[str]]:
+        """The dotted names in it, each the longest: ["a", "b"] for a.b."""
+        nodes = list(ast.walk(self.node))
+        inner = {id(item.value) for item in nodes if isinstance(item, ast.Attribute)}
+        chains = [_dotted(item) for item in nodes if id(item) not in inner]
+        return [list(names) for names in dict.fromkeys(tuple(c) for c in chains if c)]
+
+
 @dataclass
 class Module:
     """The top level of one source file."""
 
-    definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    definitions: dict[str, list[Statement]] = field(default_factory=dict)
     """Name -> the statements that bind it."""
     imports: dict[str, str] = field(default_factory=dict)
-    """Local name -> dotted name, such as "m2d.artifacts.write_json"; of this package only."""
-    loose: list[ast.stmt] = field(default_factory=list)
+    """Local name -> dotted name, such as "m2d.artifacts.write_json"; of this package only, and
+    wherever in the file: a name means one thing in it."""
+    loose: list[Statement] = field(default_factory=list)
     """Statements that bind nothing, such as a call; they run on import and always count."""
 
 
@@ -80,10 +101,10 @@ def reachable(
             statements = module.definitions.get(name, [])
             waiting.append((module_name, ""))
         if name in TABLES:
-            statements = [_only(node, chosen.get(TABLES[name], ())) for node in statements]
-        found[key] = "\n".join(normalised(node) for node in statements)
-        for node in statements:
-            waiting += references(node, module_name, module, package)
+            statements = [_only(item.node, chosen.get(TABLES[name], ())) for item in statements]
+        found[key] = "\n".join(item.text for item in statements)
+        for item in statements:
+            waiting += references(item, module_name, module, package)
     return found
 
 
@@ -97,11 +118,11 @@ def load(name: str, package: Path) -> Module | None:
     module = Module()
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         module.imports |= imported(node, name, package)
-        names = _bound(node)
+        names, statement = _bound(node), Statement(node)
         for bound in names:
-            module.definitions.setdefault(bound, []).append(node)
+            module.definitions.setdefault(bound, []).append(statement)
         if not names and not isinstance(node, ast.Import | ast.ImportFrom):
-            module.loose.append(node)
+            module.loose.append(statement)
     return module
 
 
@@ -126,19 +147,13 @@ def imported(node: ast.AST, module: str, package: Path) -> dict[str, str]:
 
 
 def references(
-    node: ast.stmt, module_name: str, module: Module, package: Path
+    statement: Statement, module_name: str, module: Module, package: Path
 ) -> Iterator[tuple[str, str]]:
-    """The definitions that `node` names, as (module, definition)."""
-    imports = module.imports | imported(node, module_name, package)
-    inner = {id(item.value) for item in ast.walk(node) if isinstance(item, ast.Attribute)}
-    for item in ast.walk(node):
-        chain = None if id(item) in inner else _dotted(item)
-        if chain is None:
-            continue
-        first, *rest = chain
-        if first in imports:
-            yield from _located([*imports[first].split("."), *rest], package)
-        elif not rest and first in module.definitions:
+    """The definitions that a statement names, as (module, definition)."""
+    for first, *rest in statement.chains:
+        if first in module.imports:
+            yield from _located([*module.imports[first].split("."), *rest], package)
+        elif first in module.definitions:
             yield module_name, first
 
 
@@ -188,20 +203,19 @@ def _bound(node: ast.stmt) -> set[str]:
     return names
 
 
-def _only(node: ast.stmt, chosen: Collection[str]) -> ast.stmt:
+def _only(node: ast.stmt, chosen: Collection[str]) -> Statement:
     """A table of methods with the chosen entries alone."""
     value = getattr(node, "value", None)
     if not isinstance(value, ast.Dict):
-        return node
+        return Statement(node)
     pairs = [
         (key, item)
         for key, item in zip(value.keys, value.values, strict=True)
         if isinstance(key, ast.Constant) and key.value in chosen
     ]
     table = ast.Dict(keys=[key for key, _ in pairs], values=[item for _, item in pairs])
-    return ast.fix_missing_locations(
-        ast.Assign(targets=[ast.Name("table", ast.Store())], value=table)
-    )
+    assignment = ast.Assign(targets=[ast.Name("table", ast.Store())], value=table)
+    return Statement(ast.fix_missing_locations(assignment))
 
 
 class _Normaliser(ast.NodeTransformer):

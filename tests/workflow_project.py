@@ -87,8 +87,7 @@ case $1 in
     merge) mkdir "$3"; echo "{{}}" > "$3/m2d.json" ;;
     distill) mkdir "$4"; echo "{{}}" > "$4/m2d.json" ;;
     perplexity) echo "{{}}" > "$6" ;;
-    tables) mkdir "$2" ;;
-    figures) mkdir "$3" ;;
+    tables | figures) mkdir "$2" ;;
     *) echo "{{}}" > "$3" ;;
 esac
 """
