@@ -1,0 +1,64 @@
+"""The Gram stage's FLOP/s against a large bf16 matrix product, and its error against float64."""
+
+import torch
+from common import report, side_by_side
+from torch import nn
+
+from m2d.models.experts import StackedExperts
+from m2d.stages.gram import GramTotals, inner_products
+
+EXPERTS, WIDTH, HIDDEN, TOP_K, TOKENS = 128, 768, 2048, 8, 2048
+PRODUCT = 4096
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    make = {"dtype": torch.bfloat16}
+    experts = StackedExperts(
+        torch.empty(EXPERTS, 2 * WIDTH, HIDDEN, **make).normal_(0, 0.02),
+        torch.empty(EXPERTS, HIDDEN, WIDTH, **make).normal_(0, 0.02),
+        "silu",
+    )
+    router = nn.Linear(HIDDEN, EXPERTS, bias=False).to(torch.bfloat16)
+    hidden = torch.randn(TOKENS, HIDDEN).to(torch.bfloat16)
+    index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(TOKENS)])
+    weights = torch.full((TOKENS, TOP_K), 1 / TOP_K, **make)
+    totals = GramTotals()
+    # The first batch also computes the weights' own Gram matrix, once a layer.
+    totals.visit(0, router, experts, hidden[:8], index[:8], weights[:8], weights[:8])
+    a, b = (torch.randn(PRODUCT, PRODUCT).to(torch.bfloat16) for _ in range(2))
+    times = side_by_side(
+        {
+            "gram": lambda: totals.visit(0, router, experts, hidden, index, weights, weights),
+            "product": lambda: a @ b,
+        },
+        repeats=3,
+    )
+    expert_flops = 6 * TOKENS * EXPERTS * WIDTH * HIDDEN
+    gram_flops = TOKENS * EXPERTS * (EXPERTS + 1) * HIDDEN
+    achieved = (expert_flops + gram_flops) / times["gram"]
+    machine = 2 * PRODUCT**3 / times["product"]
+    report(
+        "Gram FLOP/s / bf16 matrix product FLOP/s",
+        achieved / machine,
+        ">= 0.6",
+        f"{TOKENS} tokens, {EXPERTS} experts of {WIDTH}, hidden {HIDDEN}, bf16; FLOPs counted: all "
+        f"experts on all tokens, one triangle; against {PRODUCT}^3; medians of 3 in turns",
+        gram_gflops=round(achieved / 1e9),
+        product_gflops=round(machine / 1e9),
+    )
+    rows = torch.randn(EXPERTS, 500 * HIDDEN).to(torch.bfloat16)
+    exact = rows.double() @ rows.double().T
+    error = float((inner_products(rows) - exact).abs().max() / exact.abs().max())
+    plain = float(((rows @ rows.T).double() - exact).abs().max() / exact.abs().max())
+    report(
+        "Gram error against float64, largest over largest",
+        error,
+        "stated",
+        f"{EXPERTS} random bf16 rows of {rows.shape[1]}; a plain bf16 product for comparison",
+        plain_bf16_product=plain,
+    )
+
+
+if __name__ == "__main__":
+    main()
