@@ -14,10 +14,10 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 demo: $(STAMP)
 	snakemake --profile profiles/local all_demo
 	snakemake --profile profiles/local all_demo --report report.html
-	@echo "Tables: results/tables/demo   Figures: results/figures/demo   Report: report.html"
+	@echo "Tables: results/tables/all_demo   Figures: results/figures/all_demo   Report: report.html"
 
 test: $(STAMP)
-	pytest -n 2
+	pytest -n 2 --dist loadgroup
 
 check: $(STAMP)
 	ruff check .
