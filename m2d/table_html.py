@@ -95,6 +95,8 @@ def table_html(frame: pd.DataFrame, title: str, caption: str) -> str:
     rows = "\n".join(
         "<tr>" + "".join(map(_cell, values, texts)) + "</tr>" for values, texts in pairs
     )
+    if not len(frame):
+        caption += " This run has no such rows."
     numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in frame.dtypes]
     heads = "".join(
         f'<th{" class=number" if number else ""} scope="col">'
