@@ -1,6 +1,7 @@
-"""One call from teacher to student: calibrate, score, choose, merge."""
+"""One call from teacher to student: calibrate, score, choose, merge, and perhaps refit."""
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,25 @@ from torch import Tensor
 from m2d.artifacts import require_absent, sha256_of
 from m2d.choose.inputs import LayerStatistics
 from m2d.choose.names import DEFAULTS, identifiers, resolve
-from m2d.choose.plan import check_keep, make_plan
+from m2d.choose.neuron_statistics import neuron_plan
+from m2d.choose.plan import Plan, check_keep, make_plan
 from m2d.choose.scoring import SCORINGS
 from m2d.errors import UserError
 from m2d.models.stream import StreamedTeacher
-from m2d.models.teacher import open_teacher, pick_device, pick_dtype
+from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options, positive
 from m2d.progress import say
 from m2d.stages.calibrate import add_text_options, tokens_from
 from m2d.stages.gram import GramTotals
 from m2d.stages.merge import write_student
+from m2d.stages.neurons import collect
+from m2d.stages.plan import add_width_options, chosen_width
+from m2d.stages.refit import VARIANTS, refit_record, write_refitted
+from m2d.stages.refit import refit as refit_student
 from m2d.stages.stats import RoutingTotals
 from m2d.tokens import read_tokens
+
+GRANULARITIES = ("experts", "neurons")
 
 
 def convert(
@@ -32,6 +40,10 @@ def convert(
     grouping: str = DEFAULTS["grouping"],
     scaling: str = DEFAULTS["scaling"],
     keep: int | None = None,
+    granularity: str = "experts",
+    width: int | None = None,
+    params: int | None = None,
+    refit: str | None = None,
     text: Sequence[str | Path] | None = None,
     calibration: str | Path | None = None,
     dataset: str | None = None,
@@ -46,6 +58,9 @@ def convert(
     teacher: a local folder or a hub id. out: must not exist, or be empty.
     scoring, grouping, scaling: identifiers or the paper's terms. keep: K, experts kept in each
     layer; the router's top-k by default, which copies them exactly.
+    granularity: "experts", or "neurons" to keep single neurons of all experts instead: `width` of a
+    layer, or as many as a student of `params` parameters has (default: the width of the router's
+    top-k). refit: "layer" or "sequential" to solve the down projections anew (docs/closed-form.md).
     One of text (files), calibration (a token file) or dataset (NAME[:SPLIT[:COLUMN]]) gives the
     calibration tokens; sequences and length say how many, for text and dataset.
     dtype: of the computation and of the student; the checkpoint's by default.
@@ -54,12 +69,16 @@ def convert(
     """
     if sum(source is not None for source in (text, calibration, dataset)) != 1:
         raise UserError("give one of text, calibration, dataset as the calibration data")
-    scoring, grouping = resolve("scoring", scoring), resolve("grouping", grouping)
-    scaling = resolve("scaling", scaling)
+    if refit not in (None, *VARIANTS):
+        raise UserError(f"unknown refit {refit!r}; known: {', '.join(VARIANTS)}")
+    methods = {
+        "scoring": resolve("scoring", scoring),
+        "grouping": resolve("grouping", grouping),
+        "scaling": resolve("scaling", scaling),
+    }
     require_absent(out)
     opened = open_teacher(teacher)
-    keep = opened.top_k if keep is None else keep
-    check_keep(keep, opened.top_k, opened.num_experts)
+    check_size(opened, granularity, keep, width, params)
     compute_dtype, chosen_device = pick_dtype(dtype, opened.dtype), pick_device(device)
 
     if calibration is not None:
@@ -68,15 +87,67 @@ def convert(
     else:
         tokens = tokens_from(opened.folder, text, dataset, length, sequences)
         source = ", ".join(Path(file).name for file in text) if text else str(dataset)
+    if refit and len(tokens) < 2:
+        raise UserError("--refit needs at least 2 sequences: some to fit, some to hold out")
     stream = StreamedTeacher(opened, compute_dtype, chosen_device)
-    layers = collect_statistics(stream, tokens, batch)
-    rankings = [SCORINGS[scoring](layer) for layer in layers]
-    plan = make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring)
+    if granularity == "neurons":
+        layers = collect(stream, tokens, batch)
+        plan = neuron_plan(layers, chosen_width(opened, width, params))
+    else:
+        plan = plan_of_experts(stream, tokens, batch, keep or opened.top_k, **methods)
     about = {"source": source, "sequences": tokens.shape[0], "length": tokens.shape[1]}
     if calibration is not None:
         about["sha256"] = sha256_of(calibration)
     record = {"calibration": about}
-    return write_student(opened, plan, out, compute_dtype if dtype else None, record)
+    disk_dtype = compute_dtype if dtype else None
+    if refit is None:
+        return write_student(opened, plan, out, disk_dtype, record)
+    # The merged student is a step on the way; it lies where the result will, on the same disk.
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".m2d-", dir=Path(out).parent) as folder:
+        merged = write_student(opened, plan, Path(folder) / "merged", disk_dtype, record)
+        fresh = open_teacher(opened.folder)  # the stream took the other's layers apart
+        fresh.name = opened.name
+        found = refit_student(
+            fresh, merged, tokens, refit, dtype=compute_dtype, device=chosen_device, batch=batch
+        )
+        about_refit = refit_record(refit, tokens, found, compute_dtype)
+        return write_refitted(merged, out, opened.family, found, about_refit)
+
+
+def check_size(
+    teacher: Teacher, granularity: str, keep: int | None, width: int | None, params: int | None
+) -> None:
+    """Raises UserError unless these options go together and fit the teacher."""
+    if granularity not in GRANULARITIES:
+        raise UserError(f"unknown granularity {granularity!r}; known: {', '.join(GRANULARITIES)}")
+    if granularity == "neurons":
+        if keep is not None:
+            raise UserError("--keep counts experts; with --granularity neurons give --width")
+        chosen_width(teacher, width, params)
+        return
+    if width is not None or params is not None:
+        raise UserError(
+            "a student of whole experts has the width of the router's top-k; for another one give "
+            "--granularity neurons with --width or --params"
+        )
+    check_keep(teacher.top_k if keep is None else keep, teacher.top_k, teacher.num_experts)
+
+
+def plan_of_experts(
+    stream: StreamedTeacher,
+    tokens: Tensor,
+    batch: int,
+    keep: int,
+    *,
+    scoring: str,
+    grouping: str,
+    scaling: str,
+) -> Plan:
+    """The plan by these methods, from one pass of tokens [S, T]."""
+    layers = collect_statistics(stream, tokens, batch)
+    rankings = [SCORINGS[scoring](layer) for layer in layers]
+    return make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring)
 
 
 def collect_statistics(
@@ -105,6 +176,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         known = ", ".join(identifiers(kind))
         parser.add_argument(f"--{kind}", default=default, help=f"{known} (default: {default})")
     parser.add_argument("--keep", type=positive, help="experts to keep, K (default: the top-k)")
+    parser.add_argument(
+        "--granularity", choices=GRANULARITIES, default="experts", help="what is kept (experts)"
+    )
+    add_width_options(parser)
+    parser.add_argument(
+        "--refit", choices=VARIANTS, help="solve the down projections anew in closed form"
+    )
     source = add_text_options(parser)
     source.add_argument("--calibration", metavar="FILE", help="token file from m2d calibrate")
     parser.add_argument("--sequences", type=positive, default=512, help="(default: 512)")

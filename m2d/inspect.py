@@ -10,13 +10,18 @@ from m2d.options import positive
 from m2d.stages.gram import CHUNK_BYTES
 from m2d.stages.grid import paper_keeps
 from m2d.stages.merge import build_student_skeleton
+from m2d.stages.plan import add_width_options, chosen_width
 
 # The interpreter and its libraries.
 BASE_BYTES = 600_000_000
 
 
-def inspect(teacher: Teacher, sequences: int = 512, length: int = 2048) -> dict[str, Any]:
+def inspect(
+    teacher: Teacher, sequences: int = 512, length: int = 2048, width: int | None = None
+) -> dict[str, Any]:
     """Sizes of the teacher, its students, and a conversion with so many calibration tokens.
+
+    width: of a student of single neurons, which gets a row with keep None.
 
     Bytes are of the checkpoint's dtype. Every student has as many groups as the router's top-k, so
     that `student_parameters` holds for every K in `students`.
@@ -25,7 +30,10 @@ def inspect(teacher: Teacher, sequences: int = 512, length: int = 2048) -> dict[
     layer_bytes = max(count_parameters(layer) for layer in layers_of(teacher.skeleton)) * item
     total = count_parameters(teacher.skeleton)
     keeps = paper_keeps(teacher.top_k, teacher.num_experts)
-    students = [student_row(teacher, teacher.top_k, keep) for keep in keeps]
+    path = teacher.top_k * teacher.expert_width
+    students = [student_row(teacher, path, keep) for keep in keeps]
+    if width is not None:
+        students.append(student_row(teacher, width, None))
     activations = sequences * length * teacher.config.hidden_size * item
     trunk = total * item - sum(
         count_parameters(layer) * item for layer in layers_of(teacher.skeleton)
@@ -53,13 +61,12 @@ def inspect(teacher: Teacher, sequences: int = 512, length: int = 2048) -> dict[
     }
 
 
-def student_row(teacher: Teacher, groups: int, keep: int) -> dict[str, Any]:
-    """One line of `students`."""
-    width = groups * teacher.expert_width
+def student_row(teacher: Teacher, width: int, keep: int | None) -> dict[str, Any]:
+    """One line of `students`. keep: None for single neurons, which form no k groups."""
     _, skeleton = build_student_skeleton(teacher, width)
     return {
         "keep": keep,
-        "groups": groups,
+        "groups": teacher.top_k if keep else None,
         "intermediate_size": student_width(teacher, width),
         "parameters": count_parameters(skeleton),
     }
@@ -77,7 +84,7 @@ def as_text(facts: dict[str, Any]) -> str:
         f"student              {facts['student_architecture']}",
         "     K  groups  intermediate size   parameters",
         *(
-            f"  {row['keep']:4d}  {row['groups']:6d}  {row['intermediate_size']:17d}"
+            f"  {row['keep'] or '-':>4}  {row['groups'] or '-':>6}  {row['intermediate_size']:17d}"
             f"   {row['parameters']:,}"
             for row in facts["students"]
         ),
@@ -103,8 +110,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--sequences", type=positive, default=512, help="of calibration")
     parser.add_argument("--length", type=positive, default=2048, help="tokens each")
+    add_width_options(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    facts = inspect(open_teacher(args.teacher, config_only=True), args.sequences, args.length)
+    teacher = open_teacher(args.teacher, config_only=True)
+    asked = args.width is not None or args.params is not None
+    width = chosen_width(teacher, args.width, args.params) if asked else None
+    facts = inspect(teacher, args.sequences, args.length, width)
     print(json.dumps(facts, indent=1) if args.json else as_text(facts))

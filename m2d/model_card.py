@@ -29,6 +29,7 @@ GROUPINGS = {
 SCALINGS = {
     "uniform": "every group's down projection is scaled alike, by the mean routing weight",
     "proportional": "each group's down projection is scaled by its share of the importance",
+    "mean_weight": "each expert's down projection is scaled by its mean routing weight",
     "least_squares": "each group's down projection is scaled to fit the routed output best",
 }
 
@@ -121,6 +122,11 @@ def _plan(plan: dict[str, Any]) -> str:
         )
     if keep and keep == groups:
         lines.append(f"- Merged: nothing; the {groups} experts are copied exactly (pure pruning).")
+    elif grouping == "neurons":
+        lines.append(
+            "- Kept: single intermediate neurons of all experts, those that contribute most to the "
+            "routed output; `plan.json` lists them."
+        )
     elif groups:
         lines.append(
             f"- Merged: into {groups} groups by {_method('grouping', grouping, GROUPINGS)}. Each "

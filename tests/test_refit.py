@@ -53,9 +53,8 @@ def scramble(folder: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, tensor in tensors.items():
         # Shared experts that stay apart, and dense layers of the teacher, are no target of a refit.
-        if ("down_proj" in name or ".w2." in name or "output_linear" in name) and not (
-            "shared" in name
-        ):
+        down = "down_proj" in name or ".w2." in name or "output_linear" in name
+        if down and "shared" not in name:
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 

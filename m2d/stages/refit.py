@@ -105,7 +105,7 @@ def refit(
         target.start(tokens, batch)
     held_out = held_out_sequences(len(tokens), held_out_every).split(batch)
     rows: dict[int, Tensor] = {}
-    reports = []
+    reports: list[LayerReport] = []
     for index in progress(range(len(source.layers)), f"refit ({variant}), layers"):
         theirs = source.load(index)
         if index not in teacher.moe_layers:
