@@ -93,6 +93,7 @@ def demo_baselines(teacher: Path) -> dict[str, Any]:
     "5gram_perplexity" added. About two minutes on two cores.
     """
     # Here, not above: the command line's help must not wait for torch.
+    from m2d.demo import measure
     from m2d.demo import teacher as demo
 
     documents = build_corpus()
@@ -109,7 +110,7 @@ def demo_baselines(teacher: Path) -> dict[str, Any]:
         perplexity = ngram_perplexity(train_NT, test_NT, len(tokenizer), order)
         result[f"{name}_perplexity"] = perplexity
         say(f"baselines: {name} perplexity {perplexity:.2f}")
-    return result | demo.measure_teacher(teacher, texts, [d.domain for d in test])
+    return result | measure.measure_teacher(teacher, texts, [d.domain for d in test])
 
 
 def baselines_table(result: dict[str, Any]) -> str:
@@ -120,9 +121,11 @@ def baselines_table(result: dict[str, Any]) -> str:
     lines.append(
         f"| teacher | {result['perplexity']:.2f} ({result['bits_per_byte']:.3f} bits per byte) |"
     )
-    lines += ["", "| layer | usage, least | usage, most | information on the domain, bits |"]
+    lines += ["", "| layer | usage: least, most | bits on the domain | bits on the token |"]
     lines.append("|---|---|---|---|")
     for layer, usage in enumerate(result["usage"]):
-        information = result["information"][layer]
-        lines.append(f"| {layer} | {min(usage):.3f} | {max(usage):.3f} | {information:.3f} |")
+        domain, token = (result[f"{on}_information"][layer] for on in ("domain", "token"))
+        lines.append(
+            f"| {layer} | {min(usage):.3f}, {max(usage):.3f} | {domain:.3f} | {token:.2f} |"
+        )
     return "\n".join(lines)

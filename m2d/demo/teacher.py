@@ -1,12 +1,10 @@
 """The demo teacher: a small Qwen3-MoE language model, trained from nothing on the demo corpus.
 
 Shapes: B sequences per step, T tokens per sequence, H hidden size, I expert intermediate size,
-E routed experts, V vocabulary. `usage` of an expert is the fraction of tokens that select it; with
-top-k of E and perfect balance every usage is k / E.
+E routed experts, k of them selected per token.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -213,7 +211,7 @@ def make_optimisers(
     return [muon, adam]
 
 
-def schedule(step: int, steps: int, warm_up: int = 100, decay: float = 0.35) -> float:
+def schedule(step: int, steps: int, warm_up: int = 100, decay: float = 0.5) -> float:
     """Factor of the learning rate: warm-up, constant, then linearly to 0 over the last part.
 
     Until the decay begins it does not depend on `steps`: a run can be resumed with more steps.
@@ -226,7 +224,7 @@ def schedule(step: int, steps: int, warm_up: int = 100, decay: float = 0.35) -> 
 
 def train_teacher(
     out: Path,
-    steps: int = 4000,
+    steps: int = 2000,
     learning_rate: float = 4e-3,
     weight_decay: float = 0.1,
     balance: float = 0.02,
@@ -273,8 +271,8 @@ def train_teacher(
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=tokens, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-        unbalance = torch.stack([balance_loss(*router) for router in routers]).mean()
-        (loss + balance * unbalance).backward()
+        unbalance = torch.stack([balance_loss(*router) for router in routers])  # [layers]
+        (loss + balance * unbalance.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
@@ -285,8 +283,8 @@ def train_teacher(
         if step % 20 == 0 or step == steps:
             pace = (now - start) / (step - first)  # seconds per step
             say(
-                f"teacher: step {step}/{steps}, loss {mean:.3f}, balance {unbalance.item():.3f}, "
-                f"{BATCH * SEQUENCE / pace:,.0f} tokens/s, "
+                f"teacher: step {step}/{steps}, loss {mean:.3f}, "
+                f"balance {unbalance.max().item():.3f}, {BATCH * SEQUENCE / pace:,.0f} tokens/s, "
                 f"{pace * (steps - step) / 60:.0f} min left"
             )
         if now - saved_at > 60 * checkpoint_minutes and step < steps:
@@ -306,7 +304,7 @@ def train_teacher(
     checkpoint.unlink(missing_ok=True)
 
 
-# --- writing and measuring ------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------
 
 
 def save_teacher(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -332,58 +330,3 @@ def save_teacher(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast,
 def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     edited = change(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(edited, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@torch.no_grad()
-def measure_teacher(
-    folder: Path, texts: Sequence[str], domains: Sequence[str], batch: int = BATCH
-) -> dict[str, Any]:
-    """Perplexity and expert usage of a saved teacher on documents, in windows of `SEQUENCE`.
-
-    Returns a dictionary of: tokens predicted; perplexity (per token; the first token of a window is
-    not predicted); bits_per_byte (the same mean loss per token, over the bytes of the documents);
-    usage [layers][E] (fraction of tokens that select the expert); usage_by_domain {domain:
-    [layers][E]}; and information [layers], the mutual information in bits between a selection's
-    expert and its token's domain (0: no specialisation by domain).
-    """
-    tokenizer = load_tokenizer(folder)
-    model = Qwen3MoeForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="grouped_mm"
-    ).eval()
-    ids = encode(tokenizer, texts)
-    names = sorted(set(domains))
-    labels = [np.full(len(d), names.index(n), np.int32) for d, n in zip(ids, domains, strict=True)]
-    tokens_NT = torch.from_numpy(windows(ids)).long()
-    domains_NT = torch.from_numpy(windows(labels)).long()
-    routers = watch_routers(model)
-    layers, experts = model.config.num_hidden_layers, model.config.num_experts
-    counts = torch.zeros(layers, len(names), experts, dtype=torch.float64)
-    loss = 0.0
-    for tokens, domain in zip(tokens_NT.split(batch), domains_NT.split(batch), strict=True):
-        routers.clear()
-        logits = model(input_ids=tokens, use_cache=False).logits
-        loss += F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
-        ).item()
-        for layer, (_, selected) in enumerate(routers):
-            pairs = domain.flatten()[:, None] * experts + selected
-            counts[layer] += torch.bincount(pairs.flatten(), minlength=len(names) * experts).view(
-                len(names), experts
-            )
-    predicted = tokens_NT.numel() - len(tokens_NT)
-    tokens_per_domain = torch.bincount(domains_NT.flatten(), minlength=len(names))
-    joint = counts / counts.sum((1, 2), keepdim=True)
-    independent = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
-    bytes_per_token = sum(len(t.encode()) for t in texts) / sum(map(len, ids))
-    return {
-        "tokens": predicted,
-        "perplexity": math.exp(loss / predicted),
-        "bits_per_byte": loss / predicted / math.log(2) / bytes_per_token,
-        "usage": (counts.sum(1) / tokens_NT.numel()).tolist(),
-        "usage_by_domain": {
-            name: (counts[:, i] / tokens_per_domain[i]).tolist() for i, name in enumerate(names)
-        },
-        "information": torch.where(joint > 0, joint * (joint / independent).log2(), 0.0)
-        .sum((1, 2))
-        .tolist(),
-    }
