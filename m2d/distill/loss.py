@@ -1,24 +1,34 @@
 """Divergence between teacher and student, from hidden states, without full logits.
 
 The output head is applied to a chunk of tokens at a time, and the gradients are computed in the
-same pass, so that no [T, V] tensor of the teacher or of the student ever exists: only [C, V].
+same pass, so that no [T, V] tensor of the teacher or of the student ever exists: only [C, V], in
+the dtype of the products. What needs float32 is done for a few rows R of a chunk at a time, which
+on a CPU stay in its cache.
 
-Shape suffixes: T tokens (batch and sequence flattened), C tokens of one chunk, H hidden size (the
-student's and the teacher's may differ), V vocabulary. z are logits, p the teacher's probabilities,
-q the student's.
+Shape suffixes: T tokens (batch and sequence flattened), C tokens of one chunk, R of some of its
+rows, H hidden size (the student's and the teacher's may differ), V vocabulary. z are logits, p the
+teacher's probabilities, q the student's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Logits of one chunk: large enough for the matrix products to run at full speed, small enough
-# that a handful of such float32 tensors fit (128 MB each on an accelerator, 32 MB on a CPU, whose
-# caches are small). Measured by benchmarks/loss_memory.py.
-CHUNK_ELEMENTS = {"cpu": 2**23, "other": 2**25}
-SMALLEST_CHUNK = 256
+# Logits of one chunk: enough tokens for the matrix products to run at full speed.
+CHUNK_ELEMENTS = 2**26
+SMALLEST_CHUNK, LARGEST_CHUNK = 256, 2048
+# Logits that are widened to float32 at a time: on a CPU what its cache holds, elsewhere a chunk.
+# Both are measured by benchmarks/loss_memory.py.
+CPU_CACHE_ELEMENTS = 2**19
+# Rows of the output head whose gradient is summed at a time, for the same reason.
+HEAD_ROWS = {"cpu": 2**13, "other": 2**17}
+
+
+# Takes float32 logits [R, V] and which rows of the chunk they are; gives their summed loss and its
+# gradient by the logits.
+LossOfRows = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 class Head(NamedTuple):
@@ -36,17 +46,24 @@ class Head(NamedTuple):
     multiplier: float = 1.0
     softcap: float | None = None
 
+    def products(self, hidden_CH: Tensor) -> Tensor:
+        """hidden @ weight.T, [C, V], in the dtype of `hidden_CH`."""
+        return torch.mm(hidden_CH, self.weight_VH.to(hidden_CH.dtype).t())
+
+    def finish(self, products_RV: Tensor) -> Tensor:
+        """float32 logits [R, V] of `products`; may overwrite them."""
+        z_RV = products_RV.float()
+        if self.bias_V is not None:
+            z_RV += self.bias_V
+        if self.multiplier != 1.0:
+            z_RV *= self.multiplier
+        if self.softcap is not None:
+            z_RV = z_RV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z_RV
+
     def logits(self, hidden_CH: Tensor) -> Tensor:
         """float32 logits [C, V] of hidden states, multiplied in the dtype of `hidden_CH`."""
-        weight_VH = self.weight_VH.to(hidden_CH.dtype)
-        z_CV = torch.mm(hidden_CH, weight_VH.t()).float()
-        if self.bias_V is not None:
-            z_CV += self.bias_V
-        if self.multiplier != 1.0:
-            z_CV *= self.multiplier
-        if self.softcap is not None:
-            z_CV = z_CV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z_CV
+        return self.finish(self.products(hidden_CH))
 
 
 # Each divergence takes float32 logits of student and teacher, [C, V], already divided by the
@@ -102,10 +119,9 @@ def cross_entropy(z_student_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tenso
     return loss, gradient.mul_(counted_C1)
 
 
-def default_chunk(vocabulary: int, device: torch.device) -> int:
+def default_chunk(vocabulary: int) -> int:
     """Tokens of one chunk."""
-    elements = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"]
-    return max(SMALLEST_CHUNK, elements // vocabulary)
+    return min(max(SMALLEST_CHUNK, CHUNK_ELEMENTS // vocabulary), LARGEST_CHUNK)
 
 
 def distillation_loss(
@@ -148,29 +164,32 @@ def distillation_loss(
         dtype = torch.get_autocast_dtype(device.type)
     else:
         dtype = student_TH.dtype
-    chunk = chunk or default_chunk(student_head.weight_VH.shape[0], device)
+    chunk = chunk or default_chunk(student_head.weight_VH.shape[0])
     measure = DIVERGENCES[divergence]
     label_weight = 0.0
     if labels_T is not None and cross_entropy_weight:
         labelled = int((labels_T >= 0).sum())
         label_weight = cross_entropy_weight * len(labels_T) / max(labelled, 1)
 
-    def loss_of_chunk(z_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        ce = None
-        if label_weight and labels_T is not None:
-            ce = cross_entropy(z_CV, labels_T[rows])
-        t_CV = teacher_head.logits(teacher_TH[rows])
-        if temperature != 1.0:
-            z_CV = z_CV / temperature
-            t_CV /= temperature
-        loss, gradient = measure(z_CV, t_CV)
-        if temperature != 1.0:
-            loss, gradient = loss * temperature**2, gradient.mul_(temperature)
-        if ce is not None:
-            rest = 1 - cross_entropy_weight
-            loss = loss * rest + ce[0] * label_weight
-            gradient = gradient.mul_(rest).add_(ce[1], alpha=label_weight)
-        return loss, gradient
+    def loss_of_chunk(tokens: slice) -> LossOfRows:
+        t_CV = teacher_head.products(teacher_TH[tokens])
+        labels_C = labels_T[tokens] if labels_T is not None and label_weight else None
+
+        def loss_of_rows(z_RV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            ce = None if labels_C is None else cross_entropy(z_RV, labels_C[rows])
+            t_RV = teacher_head.finish(t_CV[rows])
+            if temperature != 1.0:
+                z_RV, t_RV = z_RV / temperature, t_RV / temperature
+            loss, gradient = measure(z_RV, t_RV)
+            if temperature != 1.0:
+                loss, gradient = loss * temperature**2, gradient.mul_(temperature)
+            if ce is not None:
+                rest = 1 - cross_entropy_weight
+                loss = loss * rest + ce[0] * label_weight
+                gradient = gradient.mul_(rest).add_(ce[1], alpha=label_weight)
+            return loss, gradient
+
+        return loss_of_rows
 
     return ChunkedHead.apply(
         student_TH,
@@ -181,6 +200,11 @@ def distillation_loss(
         dtype,
         chunk,
     )
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size`, covering range(total)."""
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 class ChunkedHead(torch.autograd.Function):
@@ -196,7 +220,7 @@ class ChunkedHead(torch.autograd.Function):
         weight_VH: Tensor,
         bias_V: Tensor | None,
         head: Head,
-        loss_of_chunk: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+        loss_of_chunk: Callable[[slice], LossOfRows],
         dtype: torch.dtype,
         chunk: int,
     ) -> Tensor:
@@ -208,30 +232,36 @@ class ChunkedHead(torch.autograd.Function):
         if bias_V is not None and needs_bias:
             bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
+        on_cpu = hidden_TH.device.type == "cpu"
+        vocabulary = len(weight_VH)
+        rows_at_once = max(1, CPU_CACHE_ELEMENTS // vocabulary) if on_cpu else chunk
         with torch.autocast(hidden_TH.device.type, enabled=False):
             cast_VH = weight_VH.to(dtype)
             head = head._replace(weight_VH=cast_VH)
-            for start in range(0, len(hidden_TH), chunk):
-                rows = slice(start, min(start + chunk, len(hidden_TH)))
-                hidden_CH = hidden_TH[rows].to(dtype)
-                z_CV = head.logits(hidden_CH)
-                slope_CV = None if head.softcap is None else 1 - (z_CV / head.softcap).square()
-                loss, gradient_CV = loss_of_chunk(z_CV, rows)
-                total += loss
-                if slope_CV is not None:
-                    gradient_CV.mul_(slope_CV)
-                if head.multiplier != 1.0:
-                    gradient_CV.mul_(head.multiplier)
-                if bias_grad_V is not None:
-                    bias_grad_V += gradient_CV.sum(0)
-                gradient_CV = gradient_CV.to(dtype)
+            for tokens in slices(len(hidden_TH), chunk):
+                hidden_CH = hidden_TH[tokens].to(dtype)
+                loss_of_rows = loss_of_chunk(tokens)
+                # First the products, then, row by row in their place, the gradients by them.
+                d_CV = head.products(hidden_CH)
+                for rows in slices(len(hidden_CH), rows_at_once):
+                    z_RV = head.finish(d_CV[rows])
+                    slope_RV = None if head.softcap is None else 1 - (z_RV / head.softcap).square()
+                    loss, gradient_RV = loss_of_rows(z_RV, rows)
+                    total += loss
+                    if slope_RV is not None:
+                        gradient_RV.mul_(slope_RV)
+                    if head.multiplier != 1.0:
+                        gradient_RV.mul_(head.multiplier)
+                    if bias_grad_V is not None:
+                        bias_grad_V += gradient_RV.sum(0)
+                    d_CV[rows] = gradient_RV
                 if hidden_grad_TH is not None:
-                    hidden_grad_TH[rows] = gradient_CV @ cast_VH
-                if weight_grad_VH is not None:
-                    if dtype == torch.float32:
-                        weight_grad_VH.addmm_(gradient_CV.t(), hidden_CH)
-                    else:
-                        weight_grad_VH += gradient_CV.t() @ hidden_CH
+                    hidden_grad_TH[tokens] = d_CV @ cast_VH
+                if weight_grad_VH is not None and dtype == torch.float32:
+                    weight_grad_VH.addmm_(d_CV.t(), hidden_CH)
+                elif weight_grad_VH is not None:
+                    for part in slices(vocabulary, HEAD_ROWS["cpu" if on_cpu else "other"]):
+                        weight_grad_VH[part] += d_CV[:, part].t() @ hidden_CH
         if weight_grad_VH is not None:
             weight_grad_VH = weight_grad_VH.to(weight_VH.dtype)
         ctx.save_for_backward(hidden_grad_TH, weight_grad_VH, bias_grad_V)
