@@ -14,6 +14,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,7 +92,7 @@ def continuation_items(documents: Sequence[Document]) -> Iterator[Item]:
 
 
 def package_items(documents: Sequence[Document]) -> Iterator[Item]:
-    """Which package's text goes before: one other document of each of four packages."""
+    """Which package's text goes before: another document of each of four packages."""
     openings: dict[str, list[tuple[str, str]]] = {}
     for document in documents:
         if parts := cut(document["text"], CONTEXT, CONTINUATION):
@@ -99,12 +100,16 @@ def package_items(documents: Sequence[Document]) -> Iterator[Item]:
     for document in documents:
         rng = rng_for("package", document["name"])
         parts = cut(document["text"], CONTINUATION, CONTINUATION)
-        own = [t for name, t in openings.get(document["domain"], []) if name != document["name"]]
+        here = document["name"]
+        own = [(name, t) for name, t in openings.get(document["domain"], []) if name != here]
         domains = sorted(openings.keys() - {document["domain"]})
         if parts is None or not own or len(domains) < CHOICES - 1:
             continue
         wrong = [rng.choice(openings[d])[1] for d in rng.sample(domains, CHOICES - 1)]
-        choices, answer = shuffled(rng, rng.choice(own), wrong)
+        # The right one stands nearest in the source tree; by characters, so that the same file
+        # comes before the same folder.
+        _, right = max(own, key=lambda pair: len(commonprefix([pair[0], here])))  # noqa: RUF071
+        choices, answer = shuffled(rng, right, wrong)
         text = " ".join(parts)
         yield {"name": document["name"], "text": text, "choices": choices, "answer": answer}
 
