@@ -76,4 +76,6 @@ def experts_modules(model: PreTrainedModel) -> dict[int, str]:
 
 def count_parameters(model: torch.nn.Module) -> int:
     """Parameters, tied ones once."""
-    return sum(math.prod(p.shape) for p in model.parameters())
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    parameters = model.named_parameters()
+    return sum(math.prod(p.shape) for name, p in parameters if name not in tied)

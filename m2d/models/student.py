@@ -23,6 +23,8 @@ from m2d.models.teacher import Teacher
 
 # Of a teacher's config.json, never a student's: custom code, paths, how the weights were packed.
 NEVER_INHERITED = {"auto_map", "_name_or_path", "quantization_config", "transformers_version"}
+# transformers' grouped matrix products want rows of a multiple of 16 bytes.
+ONE_EXPERT_MULTIPLE = 8
 # What differs between any two config classes.
 NOT_COMPARED = {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version"}
 
@@ -34,7 +36,7 @@ def student_width(teacher: Teacher, plan_width: int) -> int:
     layers as they are.
     """
     if teacher.family.one_expert:
-        return plan_width
+        return -(-plan_width // ONE_EXPERT_MULTIPLE) * ONE_EXPERT_MULTIPLE
     width = plan_width + teacher.shared_width
     dense = len(teacher.moe_layers) < int(teacher.config.num_hidden_layers)
     return max(width, int(teacher.config.intermediate_size)) if dense else width

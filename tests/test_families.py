@@ -1,0 +1,376 @@
+"""Every family, from files on disk in the hub's layout to a student that stock libraries load."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY
+from family_quantized import edit_config
+from family_reference import Block, slow_emo, stock_blocks
+from family_teachers import EXPERTS, MAKERS, STOCK, WIDTH, make, make_uniform
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import m2d
+from m2d.choose.plan import Group, LayerPlan, Plan
+from m2d.cli import main
+from m2d.conversion import collect_statistics
+from m2d.inspect import inspect
+from m2d.models.families import FAMILIES
+from m2d.models.generic import describe
+from m2d.models.stream import StreamedTeacher
+from m2d.models.teacher import open_teacher, read_config
+from m2d.stages.merge import write_student
+from m2d.statistics import SUMS
+
+CPU = torch.device("cpu")
+STUDENTS = {
+    "qwen3_moe": "Qwen3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "mixtral": "MistralForCausalLM",
+    "granitemoe": "GraniteForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "emo": "LlamaForCausalLM",
+    "emo_always_active": "LlamaForCausalLM",
+}
+ONE_EXPERT = {"gpt_oss", "olmoe", "qwen2_moe"}
+
+
+def load(folder: Path) -> Any:
+    read_config(folder)  # makes the Auto classes know EMO
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Name -> folder of a teacher with random routing, made once; not to be written to."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = make(name, tmp_path_factory.mktemp("teachers") / name)
+        return made[name]
+
+    return get
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@torch.no_grad()
+def test_a_uniform_router_over_all_experts_converts_exactly(
+    name: str, tmp_path: Path, tiny_text: Path
+) -> None:
+    folder = make_uniform(name, tmp_path / "teacher")
+    out = m2d.convert(folder, tmp_path / "student", text=[tiny_text], sequences=2, length=12)
+    ids = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+    student = load(out)
+    assert type(student).__name__ == STUDENTS[name]
+    logits = student(ids).logits
+    assert relative_error(logits, load(folder)(ids).logits) < 5e-6
+
+    generated = student.generate(ids[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert generated.shape == (1, 7)
+    student.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(load(tmp_path / "again")(ids).logits, logits, rtol=0, atol=1e-6)
+
+    tensors = load_file(out / "model.safetensors")
+    promised = inspect(open_teacher(folder))["student_parameters"]
+    assert sum(tensor.numel() for tensor in tensors.values()) == promised
+    assert sum(p.numel() for p in student.parameters()) == promised
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in again.items()}
+    config = json.loads((out / "config.json").read_text())
+    assert not {"auto_map", "quantization_config"} & set(config)
+
+
+def reference_blocks(name: str, folder: Path, tokens: torch.Tensor) -> dict[int, Block]:
+    if not name.startswith("emo"):
+        return stock_blocks(load(folder), open_teacher(folder).family, tokens)
+    parts = [slow_emo(folder, ids)[1] for ids in tokens]
+    joined = {}
+    for layer, first in parts[0].items():
+        fields = {
+            key: value
+            if key in ("parameters", "router")
+            else torch.cat([getattr(part[layer], key) for part in parts], int(key == "outputs"))
+            for key, value in vars(first).items()
+        }
+        joined[layer] = Block(**fields)
+    return joined
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@torch.no_grad()
+def test_statistics_equal_brute_force_over_the_stock_model(name: str, teachers: Any) -> None:
+    folder = teachers(name)
+    tokens = torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
+    blocks = reference_blocks(name, folder, tokens)
+    teacher = open_teacher(folder)
+    assert teacher.moe_layers == sorted(blocks)
+    layers = collect_statistics(StreamedTeacher(teacher, torch.float32, CPU), tokens, batch=2)
+    for found in layers:
+        block = blocks[found.layer]
+        p, w, s = block.probabilities.double(), block.weights.double(), block.selected
+        f = block.outputs.double()
+        norms, y = f.norm(dim=-1).T, torch.einsum("ne,enh->nh", w, f)
+        torch.testing.assert_close((y + block.rest).float(), block.output, rtol=1e-4, atol=1e-5)
+        n = len(y)
+        expected = {
+            "n_selected": s.sum(0),
+            "prob_sum": p.sum(0),
+            "prob_sum_selected": (p * s).sum(0),
+            "weight_sum": w.sum(0),
+            "out_norm_sum_selected": (norms * s).sum(0),
+            "weighted_out_norm_sum": (norms * w).sum(0),
+            "out_sq_norm_sum_selected": (norms.square() * s).sum(0),
+            "gram": torch.einsum("inh,jnh->ij", f, f) / n,
+            "output_dot": torch.einsum("inh,nh->i", f, y) / n,
+            "output_sq_norm": y.square().sum() / n,
+            "weight_gram": block.parameters.double() @ block.parameters.double().T,
+            "router_gram": block.router.double() @ block.router.double().T,
+        }
+        assert found.routing.n_tokens == n
+        assert {*SUMS, "n_selected"} < set(expected)
+        for key, value in expected.items():
+            part = found.routing if hasattr(found.routing, key) else found.gram
+            np.testing.assert_allclose(
+                getattr(part, key), value, rtol=5e-5, atol=1e-5, err_msg=f"{found.layer} {key}"
+            )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@torch.no_grad()
+def test_a_visit_tells_the_routing_that_was_used(name: str, teachers: Any) -> None:
+    """The routed sum from what the visitor is told, and the shared experts, is the output."""
+    tokens = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(2))
+    blocks = reference_blocks(name, teachers(name), tokens)
+    seen = []
+
+    def visit(layer, router, experts, hidden, index, weights, norms):  # type: ignore[no-untyped-def]
+        block = blocks[layer]
+        torch.testing.assert_close(hidden, block.hidden, rtol=1e-4, atol=1e-5)
+        rows = torch.arange(len(hidden))[:, None]
+        chosen = block.outputs[index, rows]
+        torch.testing.assert_close(norms, chosen.norm(dim=-1), rtol=1e-4, atol=1e-5)
+        total = (chosen * weights[..., None]).sum(1) + block.rest
+        torch.testing.assert_close(total, block.output, rtol=1e-4, atol=1e-5)
+        seen.append(layer)
+
+    teacher = open_teacher(teachers(name))
+    StreamedTeacher(teacher, torch.float32, CPU).run(tokens, 2, visit)
+    assert seen == teacher.moe_layers
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@torch.no_grad()
+def test_streamed_logits_equal_the_loaded_models(name: str, teachers: Any) -> None:
+    folder = teachers(name)
+    ids = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(4))
+    stream = StreamedTeacher(open_teacher(folder), torch.float32, CPU)
+    (hidden,) = stream.run(ids, 2)
+    expected = load(folder)(ids).logits
+    if name.startswith("emo"):
+        slow = torch.stack([slow_emo(folder, row)[0] for row in ids])
+        torch.testing.assert_close(expected, slow, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        stream.logits(ids, hidden, slice(None)), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@torch.no_grad()
+def test_a_merged_ffn_is_the_sum_of_its_groups(name: str, tmp_path: Path, teachers: Any) -> None:
+    """An average of two experts, one expert, and a part of one, each with its scale."""
+    folder = teachers(name)
+    teacher = open_teacher(folder)
+    groups = (
+        Group((0, 3), (0.25, 0.75), 0.5),
+        Group((5,), (1.0,), -0.3),
+        Group((1,), (1.0,), 0.7, neurons=(4, 9, 31)),
+    )
+    plan = Plan("x", "x", "x", None, tuple(LayerPlan(i, groups) for i in teacher.moe_layers))
+    student = load(write_student(teacher, plan, tmp_path / "student"))
+    ids = torch.randint(0, VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(3))
+    stock = load(folder)
+    family = teacher.family
+    for index in teacher.moe_layers:
+        experts = stock.base_model.layers[index].get_submodule(family.experts)
+        blocks = {i: b for i, b in stock_blocks(stock, family, ids).items() if i == index}
+        block = blocks[index]
+        x = block.hidden
+        rest = block.rest
+        if name == "emo":
+            rest = experts(x, torch.full((len(x), 1), EXPERTS - 1), torch.ones(len(x), 1))
+        averaged = [[(0, 0.25), (3, 0.75)], [(5, 1.0)], [(1, 1.0)]]
+        state = {k: v.clone() for k, v in experts.state_dict().items()}
+        for key, value in state.items():
+            for slot, members in enumerate(averaged):
+                value[slot] = sum(weight * experts.state_dict()[key][e] for e, weight in members)
+        down = state["down_proj"][2]  # [H, I], or its transpose
+        dropped = [i for i in range(WIDTH) if i not in (4, 9, 31)]
+        if family.transposed:
+            down[dropped] = 0
+        else:
+            down[:, dropped] = 0
+        experts.load_state_dict(state)
+        expected = rest
+        for slot, scale in enumerate((0.5, -0.3, 0.7)):
+            one = torch.full((len(x), 1), slot)
+            expected = expected + experts(x, one, torch.full((len(x), 1), scale))
+        path = family.experts.rpartition(".")[0] if family.one_expert else family.dense
+        output = student.base_model.layers[index].get_submodule(path)(x[None])
+        output = output[0] if isinstance(output, tuple) else output
+        torch.testing.assert_close(output.view_as(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(ONE_EXPERT))
+def test_a_one_expert_student_has_the_hubs_tensor_names(name: str, tmp_path: Path) -> None:
+    """Those that the class's own save_pretrained writes for such a config."""
+    folder = make_uniform(name, tmp_path / "teacher", num_hidden_layers=2)
+    plan_layers = [
+        LayerPlan(i, (Group((2,), (1.0,), 1.0),)) for i in open_teacher(folder).moe_layers
+    ]
+    out = write_student(
+        open_teacher(folder), Plan("x", "x", "x", None, tuple(plan_layers)), tmp_path / "student"
+    )
+    load(out).save_pretrained(tmp_path / "again")
+    ours, stock = (load_file(f / "model.safetensors") for f in (out, tmp_path / "again"))
+    assert set(ours) == set(stock)
+    assert all(torch.equal(ours[key], stock[key]) for key in stock)
+
+
+def fuse(folder: Path) -> Path:
+    """The experts of a layer in one tensor, as some repositories keep them."""
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        at = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{at}.{e}.{part}_proj.weight") for e in range(EXPERTS)])
+            for part in ("gate", "up", "down")
+        )
+        tensors[f"{at}.gate_up_proj"], tensors[f"{at}.down_proj"] = torch.cat([gate, up], 1), down
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def shard(folder: Path) -> Path:
+    """The same tensors in shards with an index."""
+    model = load(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    return folder
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "emo"])
+@pytest.mark.parametrize("layout", [fuse, shard])
+def test_the_layout_on_disk_does_not_matter(
+    name: str, layout: Any, tmp_path: Path, teachers: Any, tiny_text: Path
+) -> None:
+    folder = layout(make(name, tmp_path / "teacher"))
+    settings: Any = {"text": [tiny_text], "sequences": 2, "length": 12, "keep": 5}
+    one = load(m2d.convert(folder, tmp_path / "one", **settings)).state_dict()
+    other = load(m2d.convert(teachers(name), tmp_path / "other", **settings)).state_dict()
+    assert set(one) == set(other)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+# Model, the transformers stem, what to change in the common config.
+OUTSIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "flex_olmo": ("FlexOlmo", {"num_experts": EXPERTS, "intermediate_size": WIDTH}),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {"num_local_experts": EXPERTS, "intermediate_size": WIDTH, "head_dim": 16},
+    ),
+    "granitemoeshared": (
+        "GraniteMoeShared",
+        {"num_local_experts": EXPERTS, "intermediate_size": WIDTH, "shared_intermediate_size": 40,
+         "residual_multiplier": 0.5},
+    ),
+    "kolibri1": (
+        "Kolibri1",
+        {"num_local_experts": EXPERTS, "moe_intermediate_size": WIDTH, "head_dim": 16,
+         "shared_expert_intermediate_size": 40},
+    ),
+    "exaone_moe": (
+        "ExaoneMoe",
+        {"num_experts": EXPERTS, "moe_intermediate_size": WIDTH, "intermediate_size": 100,
+         "num_shared_experts": 1, "n_group": 1, "topk_group": 1, "sliding_window": 8,
+         "mlp_layer_types": ["dense", "sparse"], "routed_scaling_factor": 2.5},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@torch.no_grad()
+def test_a_model_that_is_in_no_table_converts_exactly(
+    name: str, tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STOCK, name, OUTSIDE[name])
+    monkeypatch.setitem(
+        MAKERS, name, lambda folder, **changes: _save_outside(folder, name, changes)
+    )
+    folder = make_uniform(name, tmp_path / "teacher")
+    out = m2d.convert(folder, tmp_path / "student", text=[tiny_text], sequences=2, length=12)
+    student, teacher = load(out), load(folder)
+    assert type(student) is type(teacher)
+    counts = {
+        len(module.down_proj)
+        for module in student.modules()
+        if isinstance(getattr(module, "down_proj", None), torch.nn.Parameter)
+    }
+    assert counts <= {1}  # one expert, or none where every layer is dense
+    ids = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert relative_error(student(ids).logits, teacher(ids).logits) < 5e-6
+
+
+def _save_outside(folder: Path, name: str, changes: dict[str, Any]) -> Path:
+    from family_teachers import save_stock
+
+    stem, config = OUTSIDE[name]
+    return save_stock(folder, stem, {**config, **changes})
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_description_finds_what_the_table_says(name: str, teachers: Any) -> None:
+    teacher = open_teacher(teachers(name))
+    entry = FAMILIES[name]
+    found = describe(teacher.config, teacher.skeleton, name)
+    fields = ("experts", "router", "probabilities", "biases", "transposed", "interleaved", "layers")
+    assert {f: getattr(found, f) for f in fields} == {f: getattr(entry, f) for f in fields}
+    for key in ("num_experts", "top_k", "expert_width"):
+        assert getattr(teacher.config, getattr(found, key)) == getattr(
+            teacher.config, getattr(entry, key)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("qwen3_moe", {"model_type": "no_such_model"}, "'no_such_model' is not known"),
+        ("qwen3_moe", {"model_type": "qwen3"}, "not a Mixture-of-Experts family"),
+        ("emo", {"num_shared_experts": 2}, "num_shared_experts is 2"),
+        ("qwen3_moe", {"quantization_config": {"quant_method": "gptq"}}, "quantised with 'gptq'"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "must lie between 1 and the 8 experts"),
+    ],
+)
+def test_what_is_not_supported_is_named_in_one_line(
+    name: str, changes: dict, message: str, tmp_path: Path, tiny_text: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = edit_config(make(name, tmp_path / "teacher"), **changes)
+    arguments = ["convert", str(folder), str(tmp_path / "out"), "--text", str(tiny_text)]
+    assert main([*arguments, "--sequences", "2", "--length", "8"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not (tmp_path / "out").exists()
