@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 2**26
 SMALLEST_CHUNK, LARGEST_CHUNK = 256, 2048
 # Logits that are widened to float32 at a time: on a CPU what its cache holds, elsewhere a chunk.
 # Both are measured by benchmarks/loss_memory.py.
-CPU_CACHE_ELEMENTS = 2**19
+CPU_CACHE_ELEMENTS = 2**18
 # Rows of the output head whose gradient is summed at a time, for the same reason.
 HEAD_ROWS = {"cpu": 2**13, "other": 2**17}
 
