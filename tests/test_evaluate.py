@@ -326,6 +326,70 @@ def test_several_tasks_from_yaml_of_ones_own(tmp_path: Path, model: Path) -> Non
     assert result["n-samples"]["own_b"] == {"original": 5, "effective": 3}
 
 
+def test_batch_size_is_found_and_stdout_stays_clean(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_dataset(tmp_path / "winogrande", winogrande, {"train": 3, "validation": 4})
+    options = {"shots": 1, "datasets": tmp_path, "dtype": "float32", "device": "cpu"}
+    found = evaluate(str(model), ["winogrande"], **options)["winogrande"]
+    fixed = evaluate(str(model), ["winogrande"], batch_size="1", **options)["winogrande"]
+    assert found["config"]["batch_size"] == "auto"
+    assert found["config"]["batch_sizes"]
+    assert found["results"] == fixed["results"]
+    assert capsys.readouterr().out == ""
+
+
+def test_what_the_vllm_backend_is_given(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vllm itself needs a GPU: in its place stands the hf backend, which records its arguments."""
+    import lm_eval.api.registry
+
+    hf = lm_eval.api.registry.get_model("hf")
+    given = []
+
+    class Recorder:
+        @staticmethod
+        def create_from_arg_obj(arguments: dict, more: dict) -> object:
+            given.append({**arguments, **more})
+            plain = {key: arguments[key] for key in ("pretrained", "dtype")}
+            return hf.create_from_arg_obj(plain, {"batch_size": "4", "device": "cpu"})
+
+    def get_model(name: str) -> type:
+        return {"vllm": Recorder}[name]
+
+    monkeypatch.setattr(lm_eval.api.registry, "get_model", get_model)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    make_dataset(tmp_path / "winogrande", winogrande, {"train": 3, "validation": 4})
+    options = ["--backend", "vllm", "--shots", "0", "--datasets", str(tmp_path)]
+    options += ["--model-arg", "tensor_parallel_size=4", "--model-arg", "quantization=fp8"]
+    out = tmp_path / "out.json"
+    task = ["--task", "winogrande", "--dtype", "bfloat16"]
+    assert cli.main(["evaluate", str(model), str(out), *task, *options]) == 0
+    assert given == [
+        {
+            "pretrained": str(model),
+            "dtype": "bfloat16",
+            "tensor_parallel_size": 4,
+            "quantization": "fp8",
+            "batch_size": "auto",
+            "max_batch_size": None,
+            "device": None,
+        }
+    ]
+    assert json.loads(out.read_text(encoding="utf-8"))["config"]["model"] == "vllm"
+
+
+def test_too_many_examples_are_refused(tmp_path: Path, model: Path) -> None:
+    make_dataset(tmp_path / "winogrande", winogrande, {"train": 3, "validation": 4})
+    with pytest.raises(UserError, match="winogrande has only 3 examples"):
+        evaluate(str(model), ["winogrande"], shots=4, datasets=tmp_path)
+    for split in ("train", "validation", "test"):
+        write_split(tmp_path / "wikitext_document_level", split, [{"page": "a b"}])
+    with pytest.raises(UserError, match="wikitext takes no examples"):
+        evaluate(str(model), ["wikitext"], shots=5, datasets=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -3,15 +3,19 @@
 Tasks are lm-eval's (winogrande, hellaswag, arc_easy, arc_challenge, mmlu, wikitext, ...) or YAML
 definitions in a folder of one's own (`include`). Data comes from the hub, from HF_HOME, or from a
 local folder per dataset (`datasets`, see `m2d.stages.task_data`).
+
+The hf backend is what the tests run. vllm needs a GPU; the tests check only what it is given.
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
 import json
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +67,12 @@ def evaluate(
     from lm_eval.api.registry import get_model
     from lm_eval.utils import handle_non_serializable
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _quieten()
+    if backend == "hf":  # vllm picks its own, and dislikes a process that has touched CUDA
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     manager = _task_manager(tasks, include)
     with local_datasets(datasets, include):
-        loaded = {task: _load_task(manager, task) for task in tasks}
+        loaded = {task: _load_task(manager, task, shots) for task in tasks}
     arguments: dict[str, Any] = {"pretrained": model, "dtype": dtype, **(model_args or {})}
     try:
         language_model = get_model(backend).create_from_arg_obj(
@@ -79,8 +83,11 @@ def evaluate(
     results = {}
     for task, definition in loaded.items():
         say(f"evaluate {task} ({'default' if shots is None else shots}-shot) on {model}")
-        # collect_env takes seconds (it runs pip and lscpu) and its text is not saved.
-        with replaced(evaluator, "add_env_info", lambda storage: None):
+        with contextlib.ExitStack() as stack:
+            # collect_env takes seconds (it runs pip and lscpu), and neither text is saved.
+            stack.enter_context(replaced(evaluator, "add_env_info", lambda storage: None))
+            stack.enter_context(replaced(evaluator, "get_git_commit_hash", lambda: None))
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             result = evaluator.simple_evaluate(
                 language_model,
                 tasks=definition,
@@ -93,7 +100,7 @@ def evaluate(
             )
         if result is None:
             raise UserError("evaluation runs in one process; start it without torchrun")
-        result["config"].update(model=backend, model_args=arguments)
+        result["config"].update({"model": backend, "model_args": arguments})
         result["transformers_version"] = transformers.__version__
         result["lm_eval_version"] = importlib.metadata.version("lm_eval")
         plain = json.loads(json.dumps(result, default=handle_non_serializable))
@@ -137,14 +144,43 @@ def _task_manager(tasks: Sequence[str], include: str | Path | None) -> Any:
     return manager
 
 
-def _load_task(manager: Any, task: str) -> list[Any]:
+def _load_task(manager: Any, task: str, shots: int | None) -> list[Any]:
     """The task or group named `task` with its data, as simple_evaluate takes them."""
     try:
         loaded = manager.load(task)
     except KeyError as error:
         raise UserError(f"--task {task}: its dataset has no split {error}") from None
+    wanted = shots or 0
+    for name, part in loaded["tasks"].items() if wanted else ():
+        # lm-eval would go on with no examples at all, or fail while it draws them.
+        if part.config.num_fewshot == 0 or part.OUTPUT_TYPE == "loglikelihood_rolling":
+            raise UserError(f"--shots {shots}: {name} takes no examples; leave --shots away")
+        available = len(part.sampler.df) if hasattr(part, "sampler") else wanted
+        if available < wanted:
+            raise UserError(f"--shots {shots}: {name} has only {available} examples to draw from")
     groups = loaded.get("groups", {})
     return [groups[task]] if task in groups else list(loaded["tasks"].values())
+
+
+def _quieten(most: int = 3) -> None:
+    """Keep lm-eval to errors, and to the first few of each module's warnings about the model, such
+    as of prompts cut to the model's context.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for name in ("lm_eval.models.huggingface", "lm_eval.models.vllm_causallms"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        logger.filters.clear()
+        logger.addFilter(_first(most))
+
+
+def _first(most: int) -> Callable[[logging.LogRecord], bool]:
+    """A logging filter that lets the first few records pass."""
+    left = iter(range(most))
+    return lambda record: next(left, None) is not None
 
 
 def _portable(value: Any, include: str | Path | None) -> Any:
