@@ -44,6 +44,10 @@ def usage(statistics: pd.DataFrame) -> Figure:
     logs = np.log(np.where(probabilities > 0, probabilities, 1.0))
     effective = np.exp(-(probabilities * logs).sum(axis=1))
     right.barh(range(len(layers)), effective, color=COLOURS[0], height=0.65)
+    if len(layers) <= 12:
+        for place, number in enumerate(effective):
+            text = {"ha": "right", "va": "center", "color": "white", "fontsize": 8.5}
+            right.text(number - 0.03 * experts, place, f"{number:.1f}", **text)
     right.axvline(experts, color=MUTED, linestyle="--", linewidth=1)
     right.set_ylim(len(layers) - 0.5, -0.5)
     right.set_yticks([])

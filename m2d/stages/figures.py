@@ -18,9 +18,16 @@ from m2d.results import place_of
 from m2d.stages.tables import add_result_options, make_tables
 
 # Figures of what a teacher's own files hold; with several teachers, one file for each.
-OF_A_TEACHER = ("grid_heatmap", "grid_best", "axis_effects", "expert_usage", "gram_similarity")
+# What each lacks where a run has no such file.
+OF_A_TEACHER = {
+    "grid_heatmap": "no grid",
+    "grid_best": "no grid",
+    "axis_effects": "no grid",
+    "expert_usage": "no routing statistics",
+    "gram_similarity": "no Gram statistics",
+}
 OF_THE_RUN = ("perplexity", "accuracy", "accuracy_and_size", "distillation")
-FIGURES = OF_A_TEACHER + OF_THE_RUN
+FIGURES = (*OF_A_TEACHER, *OF_THE_RUN)
 
 
 def read_statistics(file: str | Path) -> pd.DataFrame:
@@ -83,10 +90,10 @@ def make_figures(
         grams = read_grams(file)
         add(Path(file).parent.name, "gram_similarity", partial(experts.similarity, grams))
     figures: dict[str, Callable[[], Figure]] = {}
-    for name in OF_A_TEACHER:
+    for name, none in OF_A_TEACHER.items():
         drawings = by_teacher.get(name, {})
-        none = f"nothing to draw for {name} in this run"
-        figures[name] = next(iter(drawings.values()), partial(message_figure, none))
+        nothing = partial(message_figure, f"{none} in this run")
+        figures[name] = next(iter(drawings.values()), nothing)
         if len(drawings) > 1:
             figures |= {f"{name}_{teacher}": draw for teacher, draw in drawings.items()}
     wide = tables["students"]
