@@ -46,8 +46,14 @@ def usage(statistics: pd.DataFrame) -> Figure:
     right.barh(range(len(layers)), effective, color=COLOURS[0], height=0.65)
     if len(layers) <= 12:
         for place, number in enumerate(effective):
-            text = {"ha": "right", "va": "center", "color": "white", "fontsize": 8.5}
-            right.text(number - 0.03 * experts, place, f"{number:.1f}", **text)
+            right.text(
+                number - 0.03 * experts,
+                place,
+                f"{number:.1f}",
+                ha="right",
+                va="center",
+                color="white",
+            )
     right.axvline(experts, color=MUTED, linestyle="--", linewidth=1)
     right.set_ylim(len(layers) - 0.5, -0.5)
     right.set_yticks([])
