@@ -108,7 +108,8 @@ def write_students(folder: Path) -> dict[str, list[Path]]:
         files["provenance"].append(write_json(base / "merged" / "m2d.json", provenance))
         variant(base, "merged", 40.0 + 10 * number, 0.4)
         for recipe, top_k in (("short", 4), ("expanded", 8)):
-            distillation = {"tokens": 500_000, "steps": 100, "teacher_top_k": top_k}
+            expanded = top_k if recipe == "expanded" else None
+            distillation = {"tokens": 500_000, "steps": 100, "teacher_top_k": expanded}
             content = {**provenance, "distillation": distillation}
             files["provenance"].append(write_json(base / recipe / "m2d.json", content))
             variant(base, recipe, 14.0 + number + top_k / 8, 0.6 + top_k / 100)

@@ -117,7 +117,7 @@ def test_distilled_grid_and_expanded_routing(tables: dict) -> None:
     assert grid.loc[("short", "gld_reap"), "perplexity, K=16"] == 16.5
     routing = tables["expanded_routing"]
     assert len(routing) == 3
-    gain = routing["average, teacher_top_k 8"] - routing["average, teacher_top_k 4"]
+    gain = routing["average, teacher_top_k 8"] - routing["average, teacher_top_k as trained"]
     assert gain.tolist() == pytest.approx([0.04] * 3)
     assert tables["teacher_ab"].empty
 

@@ -248,6 +248,8 @@ def make_tables(
         rows.append({**{str(k): v for k, v in cell.items()}, **row, "value": perplexity})
     long = as_rows(rows + read_published())
     wide = students(long[long["variant"] != "grid"])
+    top_k = wide["teacher_top_k"].astype("string").fillna("as trained")
+    routed = wide[wide["tokens"].notna()].assign(teacher_top_k=top_k)
     routing = ["teacher", "scoring", "grouping", "scaling", "keep", "tokens"]
     return {
         "results": long,
@@ -258,7 +260,7 @@ def make_tables(
         "distilled_grid": distilled_grid(wide),
         "published": published(long),
         "teacher_ab": contrast(wide, "teacher", ["student", "variant"]),
-        "expanded_routing": contrast(wide, "teacher_top_k", routing),
+        "expanded_routing": contrast(routed, "teacher_top_k", routing),
         "timings": timings(read_benchmarks(benchmarks)),
     }
 
