@@ -31,7 +31,8 @@ def inspect(
     total = count_parameters(teacher.skeleton)
     keeps = paper_keeps(teacher.top_k, teacher.num_experts)
     path = teacher.top_k * teacher.expert_width
-    students = [student_row(teacher, path, keep) for keep in keeps]
+    first = student_row(teacher, path, keeps[0])
+    students = [first | {"keep": keep} for keep in keeps]
     if width is not None:
         students.append(student_row(teacher, width, None))
     activations = sequences * length * teacher.config.hidden_size * item
@@ -45,6 +46,7 @@ def inspect(
         "num_experts": teacher.num_experts,
         "top_k": teacher.top_k,
         "expert_width": teacher.expert_width,
+        "shared_width": teacher.shared_width,
         "hidden_size": int(teacher.config.hidden_size),
         "vocab_size": int(teacher.config.vocab_size),
         "dtype": str(teacher.dtype).removeprefix("torch."),
@@ -79,7 +81,7 @@ def as_text(facts: dict[str, Any]) -> str:
         f"family               {facts['family']}",
         f"layers               {facts['num_layers']}, {facts['num_moe_layers']} with experts",
         f"experts              {facts['num_experts']} of width {facts['expert_width']}, "
-        f"top-{facts['top_k']}",
+        f"top-{facts['top_k']}" + shared_text(facts["shared_width"]),
         f"teacher parameters   {facts['teacher_parameters']:,}",
         f"student              {facts['student_architecture']}",
         "     K  groups  intermediate size   parameters",
@@ -94,6 +96,11 @@ def as_text(facts: dict[str, Any]) -> str:
         f"  needs in memory    {size(work['memory_bytes'])} (two layers, activations, a chunk)",
     ]
     return "\n".join(lines)
+
+
+def shared_text(width: int) -> str:
+    """What a dense student's FFN has besides its groups."""
+    return f"; shared experts of width {width}" if width else ""
 
 
 def size(count: float) -> str:

@@ -22,11 +22,19 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
     Every value is a small number times a power of two, hence exact in bfloat16.
     """
-    table = torch.tensor([*MXFP4_VALUES, *(-value for value in MXFP4_VALUES)], dtype=torch.float32)
-    pairs = torch.stack([blocks & 15, blocks >> 4], dim=-1)  # [..., G, B, 2]
-    exponents = scales.int() - MXFP4_EXPONENT_BIAS
-    values = torch.ldexp(table[pairs.int()].flatten(-2), exponents[..., None])
-    return values.flatten(-2).to(dtype)
+    # A byte is two values: one look-up of 4 bytes gives both.
+    table = _byte_values().view(torch.int32).reshape(-1)
+    pairs = table.index_select(0, blocks.reshape(-1).int())
+    values = pairs.view(torch.bfloat16).view(*blocks.shape[:-1], 2 * blocks.shape[-1])
+    powers = torch.ldexp(torch.ones(scales.shape), scales.int() - MXFP4_EXPONENT_BIAS)
+    return values.mul_(powers.bfloat16()[..., None]).flatten(-2).to(dtype)
+
+
+def _byte_values() -> Tensor:
+    """The two values of every byte, bfloat16 [256, 2]."""
+    table = torch.tensor([*MXFP4_VALUES, *(-value for value in MXFP4_VALUES)], dtype=torch.bfloat16)
+    byte = torch.arange(256)
+    return torch.stack([table[byte & 15], table[byte >> 4]], dim=-1)
 
 
 def dequantize_fp8(
