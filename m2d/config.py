@@ -112,6 +112,9 @@ def _check_names(config: Config) -> None:
         for i, entry in enumerate(pipeline["distill"]):
             known("students", entry["student"], f"{key}.distill.{i}.student")
             known("recipes", entry["recipe"], f"{key}.distill.{i}.recipe")
+        if "best" in pipeline:
+            known("recipes", pipeline["best"], f"{key}.best")
+        if pipeline["distill"] or "best" in pipeline:
             for teacher in pipeline["teachers"]:
                 if "distillation" not in config["teachers"][teacher]["tokens"]:
                     raise UserError(

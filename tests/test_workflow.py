@@ -221,6 +221,28 @@ def test_stage_edit_reruns_that_stage_and_what_follows(project: Path, run: Calla
     assert not [job for job in jobs if job.split()[0].startswith(("compute", "rank", "make_tok"))]
 
 
+def test_best_students_follow_the_grid(project: Path, stub: Path) -> None:
+    """Chosen by perplexity within the run; a new grid re-makes those whose choice it changes."""
+    jobs = jobs_of(snakemake(project, "all_best", stub=stub).stdout)
+    students = [f"best-gld_reap-{name}" for name in ("round_robin", "weight_cluster")]
+    for student in students:
+        assert f"merge_student student={student}" in jobs
+        assert f"distill_student recipe=short student={student}" in jobs
+    assert not [job for job in jobs if job.startswith(("measure_grid", "rank_experts"))]
+    assert NOTHING in snakemake(project, "--dry-run", "all_best").stdout
+    file = project / "results/tiny/grid/gld_reap.parquet"
+    grid = pd.read_parquet(file)
+    of_rr = grid["grouping"] == "round_robin"
+    worst = grid[of_rr]["perplexity"].idxmax()
+    assert grid.loc[worst, "perplexity"] > grid[of_rr]["perplexity"].min()
+    grid.loc[worst, "perplexity"] = 1.0
+    grid.to_parquet(file)
+    jobs = jobs_of(snakemake(project, "all_best", stub=stub).stdout)
+    assert f"merge_student student={students[0]}" in jobs
+    assert f"distill_student recipe=short student={students[0]}" in jobs
+    assert not [job for job in jobs if students[1] in job]
+
+
 def test_killed_run_resumes(project: Path, stub: Path, run: Callable) -> None:
     edit_function(project / SCORING, "selection_freq", other_ranking)
     process = subprocess.Popen(
@@ -275,7 +297,7 @@ def test_repository_config_dry_runs_without_torch(tmp_path: Path) -> None:
     options = ["--profile", "profiles/local", "--dry-run", "--nolock"]
     options += ["--config", f"results={tmp_path / 'results'}", "--"]
     config = yaml.safe_load((REPOSITORY / "config.yaml").read_text(encoding="utf-8"))
-    assert {"all_demo", "all_grid", "all_headline"} <= set(config["pipelines"])
+    assert {"all_demo", "all_grid", "all_grid_distill", "all_headline"} <= set(config["pipelines"])
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", *options, "tables"],
         cwd=REPOSITORY,
@@ -291,3 +313,5 @@ def test_repository_config_dry_runs_without_torch(tmp_path: Path) -> None:
         for rule in ("rank_experts", "measure_grid"):
             found = [j for j in jobs if j.startswith(rule) and j.endswith(f"teacher={teacher}")]
             assert len(found) == 7, rule
+    best = [job for job in jobs if job.startswith("distill_student") and "student=best-" in job]
+    assert len(best) == 35

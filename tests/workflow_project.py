@@ -67,6 +67,7 @@ CONFIG: dict[str, Any] = {
             "distill": [{"student": "do-acp", "recipe": "short"}],
             "evaluations": ["demo"],
         },
+        "all_best": {"teachers": ["tiny"], "scorings": ["DO-ACP"], "best": "short"},
         "all_wide": {
             "teachers": ["tiny"],
             "scorings": ["SF", "CP", "ACP", "DO-ACP"],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from m2d.best import best_configuration
 from m2d.config import check_config
 from m2d.digest import code_digest
 from m2d.errors import UserError
@@ -25,7 +26,7 @@ pathvars:
 
 wildcard_constraints:
     teacher="|".join(config["teachers"]),
-    student="|".join(config["students"]),
+    student="|".join([*config["students"], "best-[a-z_]+-[a-z_]+"]),
     recipe="|".join(config["recipes"]),
     variant="|".join(["merged", *config["recipes"]]),
     tokens="calibration|test|distillation",
@@ -94,31 +95,51 @@ def text_source(wildcards, input):
     return f"--dataset {dataset['hub']}" if "hub" in dataset else f"--text {input.text}"
 
 
-# ---- rank.smk
+# ---- rank.smk, merge.smk
 
 
-def ranking_path(wildcards):
-    student = wildcards.get("student")
-    scoring = config["students"][student]["scoring"] if student else wildcards.scoring
-    return f"{config['results']}/{wildcards.teacher}/rankings/{scoring}.json"
+def student_of(wildcards):
+    """A student's settings: the config's, or for best-SCORING-GROUPING, what its grid says is best.
+
+    Before the grid exists, keep and scaling are missing.
+    """
+    if wildcards.student in config["students"]:
+        return config["students"][wildcards.student]
+    _, scoring, grouping = wildcards.student.split("-")
+    grid = Path(f"{config['results']}/{wildcards.teacher}/grid/{scoring}.parquet")
+    chosen = (
+        best_configuration(grid, grouping)
+        if grid.is_file()
+        else {"keep": 0, "scaling": ""}
+    )
+    return {"scoring": scoring, "grouping": grouping, **chosen}
+
+
+def scoring_of(wildcards):
+    return wildcards.get("scoring") or student_of(wildcards)["scoring"]
 
 
 def ranking_of(wildcards):
     """The ranking that a grid or a student is made from, never a reason to re-run by its age."""
-    return ancient(ranking_path(wildcards))
+    return ancient(
+        f"<results>/{wildcards.teacher}/rankings/{scoring_of(wildcards)}.json"
+    )
 
 
 def ranking_digest(wildcards):
     """Digest of that ranking's content, empty before it exists."""
-    path = Path(ranking_path(wildcards))
+    path = Path(
+        f"{config['results']}/{wildcards.teacher}/rankings/{scoring_of(wildcards)}.json"
+    )
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
 
-# ---- merge.smk
-
-
-def student_of(wildcards):
-    return config["students"][wildcards.student]
+def choice_of(wildcards):
+    """What a student's making was decided from: its ranking, and its grid where that chose it."""
+    files = [f"<results>/{wildcards.teacher}/rankings/{scoring_of(wildcards)}.json"]
+    if wildcards.student not in config["students"]:
+        files += [f"<results>/{wildcards.teacher}/grid/{scoring_of(wildcards)}.parquet"]
+    return ancient(files)
 
 
 def merge_code(wildcards):

@@ -11,7 +11,7 @@ rule distill_student:
     input:
         student="<results>/{teacher}/students/{student}/merged",
         tokens="<results>/{teacher}/tokens/distillation.safetensors",
-        ranking=ranking_of,
+        choice=choice_of,
         teacher=teacher_files,
     output:
         directory("<results>/{teacher}/students/{student}/{recipe}"),

@@ -49,7 +49,7 @@ for evaluation in config["evaluations"]:
         input:
             model="<results>/{teacher}/students/{student}/{variant}",
             tasks=task_definitions(evaluation),
-            ranking=ranking_of,
+            choice=choice_of,
         output:
             scores_of("<results>/{teacher}/students/{student}/{variant}", evaluation),
         log:

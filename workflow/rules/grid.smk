@@ -1,9 +1,12 @@
 # The grid: perplexity of every configuration of one scoring method, no student written.
 # in:  a teacher, its statistics, one ranking, <results>/{teacher}/tokens/test.safetensors
 # out: <results>/{teacher}/grid/{scoring}.parquet
+#
+# A checkpoint, since a grid decides which students are the best ones: as with rankings (rank.smk),
+# those are made again only if the choice differs.
 
 
-rule measure_grid:
+checkpoint measure_grid:
     """Perplexity of every grouping, scaling and K under one scoring method."""
     input:
         statistics="<results>/{teacher}/statistics.parquet",

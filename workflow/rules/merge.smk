@@ -1,5 +1,5 @@
 # Students: the kept experts merged into one dense FFN per layer.
-# in:  a teacher, its statistics, one ranking
+# in:  a teacher, its statistics, one ranking; the grid of that ranking for best-SCORING-GROUPING
 # out: <results>/{teacher}/students/{student}/merged/ (a stock model folder; how many files its
 #      weights take is known to the stage alone, hence a directory)
 
@@ -10,6 +10,7 @@ rule merge_student:
         statistics="<results>/{teacher}/statistics.parquet",
         gram="<results>/{teacher}/gram.safetensors",
         ranking=ranking_of,
+        choice=choice_of,
         teacher=teacher_files,
     output:
         directory("<results>/{teacher}/students/{student}/merged"),

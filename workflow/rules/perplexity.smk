@@ -37,7 +37,7 @@ rule measure_student:
     input:
         model="<results>/{teacher}/students/{student}/{variant}",
         tokens="<results>/{teacher}/tokens/test.safetensors",
-        ranking=ranking_of,
+        choice=choice_of,
     output:
         "<results>/{teacher}/students/{student}/{variant}.perplexity.json",
     log:

@@ -7,6 +7,11 @@ def runs_of(pipeline):
     pairs = [(student, "merged") for student in settings["students"]]
     for entry in settings["distill"]:
         pairs += [(entry["student"], "merged"), (entry["student"], entry["recipe"])]
+    if "best" in settings:
+        for scoring in settings["scorings"]:
+            for grouping in config["grid"]["groupings"]:
+                student = f"best-{scoring}-{grouping}"
+                pairs += [(student, "merged"), (student, settings["best"])]
     return [
         (teacher, *pair)
         for teacher in settings["teachers"]
@@ -69,15 +74,15 @@ def gram_of(pipeline):
 def rankings_of(pipeline):
     """The rankings behind a pipeline's grids and students; see rules/rank.smk."""
     settings = config["pipelines"][pipeline]
-    students = [student for _, student, _ in runs_of(pipeline)]
-    scorings = [
+    named = {student for _, student, _ in runs_of(pipeline)} & set(config["students"])
+    scorings = {
         *settings["scorings"],
-        *(config["students"][s]["scoring"] for s in students),
-    ]
+        *(config["students"][s]["scoring"] for s in named),
+    }
     return ancient(
         expand(
             "<results>/{teacher}/rankings/{scoring}.json",
             teacher=settings["teachers"],
-            scoring=dict.fromkeys(scorings),
+            scoring=sorted(set(scorings)),
         )
     )

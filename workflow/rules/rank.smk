@@ -9,8 +9,8 @@
 # - Those that read one carry the digest of its content as a parameter (ranking_digest).
 # - rank_experts is a checkpoint: when it is done, Snakemake evaluates the parameters of the rules
 #   that take its output once more, and so sees the new digest.
-# Rules further down (distillation, evaluation, tables) take the ranking too, although they do not
-# read it: so none of them starts before it is known whether what it reads will change.
+# Rules further down (distillation, evaluation, tables) take the ranking too (choice_of), although
+# they do not read it: so none of them starts before it is known whether what it reads will change.
 # A dry run shows the rankings alone, since only they can tell what follows.
 
 

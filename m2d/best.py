@@ -1,0 +1,30 @@
+"""The best configuration of a grid file, for students that are chosen by their perplexity.
+
+Used by the Snakefile, so nothing here imports torch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from m2d.errors import UserError
+
+
+def best_configuration(grid: str | Path, grouping: str) -> dict[str, Any]:
+    """{"keep", "scaling"} of the row of `grouping` with the lowest perplexity.
+
+    Among equals the one that stands first. Raises UserError where the file has no such row.
+    """
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(
+            grid, columns=["grouping", "scaling", "keep", "perplexity"]
+        ).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{grid}: not readable as a grid ({error})") from None
+    rows = [row for row in rows if row["grouping"] == grouping]
+    if not rows:
+        raise UserError(f"{grid}: has no row of grouping {grouping}; run m2d grid with it")
+    best = min(rows, key=lambda row: row["perplexity"])
+    return {"keep": best["keep"], "scaling": best["scaling"]}
