@@ -150,6 +150,22 @@ def test_it_is_dense_least_squares(variant: str, student: Path, tiny_teacher: Pa
             layer.mlp.down_proj.weight.copy_(rows.T)
 
 
+@torch.no_grad()
+def test_relative_weighting_is_weighted_least_squares(student: Path, tiny_teacher: Path) -> None:
+    found = refit(
+        open_teacher(tiny_teacher), student, TOKENS, "layer",
+        ridges=[1e-2], weighting="relative", **{**OPTIONS, "batch": len(TOKENS)},
+    )  # fmt: skip
+    inputs, targets, streams = blocks(load(tiny_teacher))
+    for index, layer in enumerate(load(student).model.layers):
+        weights = 1 / streams[index].square().sum(1, keepdim=True)
+        root = (weights / weights.mean()).sqrt()
+        h = root * inner(layer.mlp, inputs[index])
+        towards = layer.mlp.down_proj.weight.T
+        expected = ridge_by_lstsq(h, root * targets[index], towards, 1e-2)
+        torch.testing.assert_close(found.rows[index], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_first_layer_is_the_same_in_both_variants(student, tiny_teacher) -> None:
     found = [
         refit(open_teacher(tiny_teacher), student, TOKENS, v, **OPTIONS)
@@ -240,6 +256,8 @@ def test_bad_input_is_one_line(
 def test_an_unknown_variant_is_refused(student: Path, tiny_teacher: Path) -> None:
     with pytest.raises(UserError, match="unknown refit 'both'; known: layer, sequential"):
         refit(open_teacher(tiny_teacher), student, TOKENS, "both", **OPTIONS)
+    with pytest.raises(UserError, match="unknown weighting 'none'; known: equal, relative"):
+        refit(open_teacher(tiny_teacher), student, TOKENS, "layer", weighting="none", **OPTIONS)
 
 
 def test_held_out_sequences() -> None:

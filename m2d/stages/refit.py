@@ -40,6 +40,7 @@ from m2d.stages.refit_math import RIDGES, Moments, refit_down, squared_error
 from m2d.tokens import read_tokens
 
 VARIANTS = ("layer", "sequential")
+WEIGHTINGS = ("equal", "relative")
 HELD_OUT_EVERY = 8  # every 8th sequence chooses the ridge
 WRITTEN_ANEW = ("README.md", "m2d.json", "metrics.jsonl")
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
@@ -82,18 +83,23 @@ def refit(
     batch: int,
     ridges: Sequence[float] = RIDGES,
     held_out_every: int = HELD_OUT_EVERY,
+    weighting: str = "equal",
 ) -> Refitted:
     """Solve the down projection of every converted layer, one layer after the other.
 
     tokens [sequences, length]; variant: "layer" fits the teacher's block on the teacher's own
     inputs; "sequential" fits, on the student's own stream, what brings its residual stream to the
-    teacher's. dtype: of both models' computation. Memory: one layer of each model, W^2 float64
-    numbers a few times, and hidden states of every token (one of the teacher's; for "sequential"
-    three more).
+    teacher's. weighting: "equal" counts every token alike; "relative" divides its error by the
+    squared norm of the teacher's residual stream after the layer (weights of mean 1), since the
+    next norm sees errors relative to that. dtype: of both models' computation.
+    Memory: one layer of each model, W^2 float64 numbers a few times, and hidden states of every
+    token (one of the teacher's; for "sequential" three more).
     Raises UserError where student and teacher do not belong together, or tokens are too few.
     """
     if variant not in VARIANTS:
         raise UserError(f"unknown refit {variant!r}; known: {', '.join(VARIANTS)}")
+    if weighting not in WEIGHTINGS:
+        raise UserError(f"unknown weighting {weighting!r}; known: {', '.join(WEIGHTINGS)}")
     if len(tokens) < 2:
         raise UserError("refit needs at least 2 sequences: some to fit, some to hold out")
     opened = open_student(student_folder, teacher)
@@ -122,6 +128,7 @@ def refit(
         kept: list[Halves] = []
         for i in range(len(source.hidden)):
             expected = _teacher_half(source, theirs, index, i, check=not reports)
+            root = token_weights(source.hidden[i]).sqrt() if weighting == "relative" else None
             if variant == "sequential":
                 call = target.call(index, i)
                 halves = run_halves(ours, feed_forward.block, target.hidden[i], call)
@@ -129,12 +136,12 @@ def refit(
                 # and r_S, must add up to it.
                 drift = wide(expected.residual) - wide(halves.residual)
                 wanted = wide(expected.block_output) + drift / residual_multiplier(ours)
-                fitting.add(i, wanted - wide(halves.block_output))
+                fitting.add(i, wanted - wide(halves.block_output), root)
                 halves.block_output = halves.block_output[:0]
                 kept.append(halves)
             else:
                 base = feed_forward.base(expected.block_input)
-                fitting.add(i, wide(expected.block_output) - wide(base))
+                fitting.add(i, wide(expected.block_output) - wide(base), root)
         rows[index], report = fitting.solve(index, ridges, disk)
         reports.append(report)
         feed_forward.replace(rows[index], disk)
@@ -164,6 +171,12 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def token_weights(stream: Tensor) -> Tensor:
+    """Weights [B, T, 1] of mean 1, inverse to the squared norms of the stream [B, T, H]."""
+    weights = 1.0 / wide(stream).square().sum(-1, keepdim=True)
+    return weights / weights.mean()
+
+
 def held_out_sequences(sequences: int, every: int) -> Tensor:
     """Which sequences are held out, bool [sequences]: every n-th, at least one, never all."""
     step = min(every, sequences)
@@ -179,11 +192,14 @@ class _Fitting:
         sizes = (*self.rows.shape, self.rows.device)
         self.parts = (Moments.zero(*sizes), Moments.zero(*sizes))  # to fit, held out
 
-    def add(self, i: int, wanted: Tensor) -> None:
-        """The FFN's last call, of batch i, should have put out `wanted` [B, T, H]."""
-        columns = self.feed_forward.columns()
-        sequences, length, size = wanted.shape
-        columns, wanted = columns.view(sequences, length, -1), wanted.view(sequences, length, size)
+    def add(self, i: int, wanted: Tensor, root: Tensor | None = None) -> None:
+        """The FFN's last call, of batch i, should have put out `wanted` [B, T, H].
+
+        root [B, T, 1]: square roots of the tokens' weights, 1 if None.
+        """
+        columns = self.feed_forward.columns().view(*wanted.shape[:2], -1)
+        if root is not None:
+            columns, wanted = wide(columns) * root, wanted * root
         for part, chosen in zip(self.parts, (~self.held_out[i], self.held_out[i]), strict=True):
             if chosen.any():
                 where = chosen.to(columns.device)
@@ -275,10 +291,13 @@ def write_refitted(
     return Path(out)
 
 
-def refit_record(variant: str, tokens: Tensor, found: Refitted, dtype: torch.dtype) -> dict:
+def refit_record(
+    variant: str, tokens: Tensor, found: Refitted, dtype: torch.dtype, weighting: str = "equal"
+) -> dict[str, Any]:
     """What m2d.json says of a refit."""
     return {
         "variant": variant,
+        "weighting": weighting,
         "sequences": tokens.shape[0],
         "length": tokens.shape[1],
         "dtype": str(dtype).removeprefix("torch."),
@@ -297,6 +316,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="sequential",
         help="layer: on the teacher's inputs; sequential: on the student's own (sequential)",
     )
+    parser.add_argument(
+        "--weighting",
+        choices=WEIGHTINGS,
+        default="equal",
+        help="of tokens; relative: by the size of the teacher's residual stream (equal)",
+    )
     add_compute_options(parser)
 
 
@@ -307,10 +332,10 @@ def main(args: argparse.Namespace) -> None:
     tokens = read_tokens(args.calibration, teacher.config.vocab_size)
     dtype = pick_dtype(args.dtype, teacher.dtype)
     found = refit(
-        teacher, folder, tokens, args.variant,
+        teacher, folder, tokens, args.variant, weighting=args.weighting,
         dtype=dtype, device=pick_device(args.device), batch=args.batch,
     )  # fmt: skip
-    record = refit_record(args.variant, tokens, found, dtype)
+    record = refit_record(args.variant, tokens, found, dtype, args.weighting)
     record["upstream_sha256"] = {
         "calibration": sha256_of(args.calibration),
         "student": {f.name: sha256_of(f) for f in shard_files(folder)},
