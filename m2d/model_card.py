@@ -198,7 +198,7 @@ def _scores(scores: Mapping[str, Any] | None) -> str:
 
 
 def _loading(dtype: str | None) -> str:
-    extra = f", dtype={dtype!r}" if dtype else ""
+    extra = f', dtype="{dtype}"' if dtype else ""
     return (
         "## How to load it\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -208,9 +208,9 @@ def _loading(dtype: str | None) -> str:
 
 
 def _licence(licence: str | None) -> str:
-    stated = f"`{licence}`, " if licence else ""
+    stated = f"`{licence}`, inherited" if licence else "Inherited"
     return (
-        f"## Licence\n\n{stated}inherited from the teacher, whose terms apply to this student"
+        f"## Licence\n\n{stated} from the teacher, whose terms apply to this student"
         + ("." if licence else "; the teacher's folder did not state one.")
         + "\n"
     )

@@ -79,8 +79,10 @@ def plain_log(axes: Axes, which: str) -> None:
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
     for steps in (
         range(10, 100),
+        range(10, 100, 2),
         range(10, 100, 5),
         (10, 15, *range(20, 100, 10)),
+        range(10, 100, 10),
         (10, 20, 50),
         (10,),
     ):
