@@ -74,9 +74,9 @@ VARIANTS = (
 def plans(teacher: Path, tokens: Tensor) -> Iterator[tuple[str, Plan, float]]:
     """Name, plan, and the seconds that its calibration took, of every plan in VARIANTS."""
     stream = StreamedTeacher(open_teacher(teacher), torch.float32, CPU)
-    start = time.perf_counter()
+    start = time.process_time()
     layers = collect_statistics(stream, tokens, BATCH)
-    taken = time.perf_counter() - start
+    taken = time.process_time() - start
     top_k = stream.teacher.top_k
     for scoring, name in (("gld_reap", "do-acp"), ("omp", "omp")):
         rankings = [SCORINGS[scoring](layer) for layer in layers]
@@ -84,11 +84,11 @@ def plans(teacher: Path, tokens: Tensor) -> Iterator[tuple[str, Plan, float]]:
             plan = make_plan(layers, rankings, "round_robin", scaling, top_k, scoring=scoring)
             yield name + suffix, plan, taken
     width = top_k * stream.teacher.expert_width
-    start = time.perf_counter()
-    yield "neurons", neuron_plan(collect(stream, tokens, BATCH), width), time.perf_counter() - start
-    start = time.perf_counter()
+    start = time.process_time()
+    yield "neurons", neuron_plan(collect(stream, tokens, BATCH), width), time.process_time() - start
+    start = time.process_time()
     neurons = collect(stream, tokens, BATCH, greedy=2 * width, candidates=8 * width)
-    taken = time.perf_counter() - start
+    taken = time.process_time() - start
     for name, plan in (
         ("greedy", neuron_plan(neurons, width, "greedy")),
         ("allotted", allotted(neurons, width * len(neurons))),
@@ -152,7 +152,7 @@ def distill(
     curve = [{"step": 0, "tokens": 0, "perplexity": measure(), "seconds": 0.0}]
     seconds = 0.0
     for step in range(points[-1]):
-        start = time.perf_counter()
+        start = time.process_time()
         rows = tuple(order[(step * batch + i) % len(order)] for i in range(batch))
         ids = tokens[list(rows)]
         target = states(rows, ids)
@@ -163,7 +163,7 @@ def distill(
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         if step + 1 in points:
             point = {"step": step + 1, "tokens": (step + 1) * batch * LENGTH}
             curve.append({**point, "perplexity": measure(), "seconds": seconds})
@@ -186,7 +186,7 @@ def run_seed(args: argparse.Namespace, seed: int, data: dict[str, Tensor]) -> di
             folder, plan_seconds = students[variant.plan]
             row: dict[str, Any] = {"plan_seconds": plan_seconds}
             if variant.refit:
-                start = time.perf_counter()
+                start = time.process_time()
                 teacher = open_teacher(args.teacher)
                 found = refit(
                     teacher, folder, calibration, variant.refit,
@@ -195,7 +195,7 @@ def run_seed(args: argparse.Namespace, seed: int, data: dict[str, Tensor]) -> di
                 record = refit_record(variant.refit, calibration, found, torch.float32)
                 out = Path(scratch) / f"{variant.plan}-{variant.refit}-{variant.weighting}"
                 folder = write_refitted(folder, out, teacher.family, found, record)
-                row |= {"refit_seconds": time.perf_counter() - start, "refit": record["layers"]}
+                row |= {"refit_seconds": time.process_time() - start, "refit": record["layers"]}
             student = load_dense(folder, torch.float32, CPU)
             row["parameters"] = count_parameters(student)
             row["perplexity"] = perplexity(student, data["test"])
