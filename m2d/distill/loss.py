@@ -159,12 +159,6 @@ def distillation_loss(
     """
     if not 0 <= cross_entropy_weight <= 1 or (cross_entropy_weight and labels_T is None):
         raise ValueError("cross_entropy_weight is between 0 and 1, and needs labels")
-    device = student_TH.device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    else:
-        dtype = student_TH.dtype
-    chunk = chunk or default_chunk(student_head.weight_VH.shape[0])
     measure = DIVERGENCES[divergence]
     label_weight = 0.0
     if labels_T is not None and cross_entropy_weight:
@@ -191,14 +185,65 @@ def distillation_loss(
 
         return loss_of_rows
 
+    return apply_head(student_TH, student_head, loss_of_chunk, chunk)
+
+
+def partial_forward_kl(z_RV: Tensor, ids_Rn: Tensor, p_Rn: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward KL where the teacher is known on n tokens and by the mass r of all the others.
+
+    sum_i p_i (log p_i - log q_i) + r (log r - log q_rest), with q_rest the student's mass on the
+    others; gradient q - p on the n tokens, q (1 - r / q_rest) on the others. With r = 0 that is
+    q - p everywhere, which is what an unbiased sample of the teacher asks for. At most the full
+    forward KL, and equal to it when n is the vocabulary. Tokens of p = 0 only fill up the n.
+    """
+    log_q = torch.log_softmax(z_RV, -1)
+    log_q_Rn = log_q.gather(-1, ids_Rn)
+    known = p_Rn > 0
+    r_R1 = (1 - p_Rn.sum(-1, keepdim=True)).clamp_(min=0)
+    q_Rn = log_q_Rn.exp() * known
+    # Never below the resolution of 1 - sum; where r is 0 it does not matter.
+    q_rest_R1 = (1 - q_Rn.sum(-1, keepdim=True)).clamp_(min=1e-7)
+    loss = torch.xlogy(p_Rn, p_Rn).sub_(p_Rn * log_q_Rn).sum()
+    loss += torch.xlogy(r_R1, r_R1).sub_(torch.xlogy(r_R1, q_rest_R1)).sum()
+    gradient = log_q.exp_()
+    factor_R1 = 1 - r_R1 / q_rest_R1
+    gradient *= factor_R1
+    # On the known tokens q (1 - r / q_rest) becomes q - p.
+    return loss, gradient.scatter_add_(-1, ids_Rn, q_Rn * (1 - factor_R1) - p_Rn)
+
+
+def stored_loss(
+    student_TH: Tensor,
+    student_head: Head,
+    ids_Tn: Tensor,
+    p_Tn: Tensor,
+    *,
+    chunk: int | None = None,
+) -> Tensor:
+    """Sum over tokens of `partial_forward_kl` against stored teacher outputs.
+
+    Args:
+        ids_Tn: int64, the tokens on which the teacher is known.
+        p_Tn: their float32 probabilities; 0 fills up.
+    """
+
+    def loss_of_chunk(tokens: slice) -> LossOfRows:
+        ids_Cn, p_Cn = ids_Tn[tokens], p_Tn[tokens]
+        return lambda z_RV, rows: partial_forward_kl(z_RV, ids_Cn[rows], p_Cn[rows])
+
+    return apply_head(student_TH, student_head, loss_of_chunk, chunk)
+
+
+def apply_head(
+    hidden_TH: Tensor, head: Head, loss_of_chunk: Callable[[slice], LossOfRows], chunk: int | None
+) -> Tensor:
+    """The summed loss of a head's logits, by chunks, in the autocast dtype where there is one."""
+    device = hidden_TH.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden_TH.dtype
+    chunk = chunk or default_chunk(len(head.weight_VH))
     return ChunkedHead.apply(
-        student_TH,
-        student_head.weight_VH,
-        student_head.bias_V,
-        student_head,
-        loss_of_chunk,
-        dtype,
-        chunk,
+        hidden_TH, head.weight_VH, head.bias_V, head, loss_of_chunk, dtype, chunk
     )
 
 

@@ -79,7 +79,7 @@ def record_of(
         "length": length,
         "teacher": teacher_name,
         **asdict(recipe),
-        **{key: value for key, value in run.items() if key.endswith("_sha256")},
+        **{k: v for k, v in run.items() if k.endswith("_sha256") or k == "teacher_outputs"},
     }
     return {**record, "m2d_version": __version__, "distillation": distillation}
 

@@ -17,7 +17,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from m2d.artifacts import flush_to_disk, fsync
 from m2d.distill.data import PackedTokens
-from m2d.distill.loss import Head, distillation_loss
+from m2d.distill.loss import Head, distillation_loss, stored_loss
+from m2d.distill.outputs import StoredOutputs
 from m2d.errors import UserError
 
 STRATEGIES = ("auto", "single", "ddp", "zero2", "zero3")
@@ -114,9 +115,23 @@ class StudentLoss(nn.Module):
         self.student = student
         self.recipe = recipe
 
-    def forward(self, input_ids: Tensor, teacher_BLH: Tensor, teacher_head: Head) -> Tensor:
-        """Summed loss over the micro-batch, float32 scalar."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        teacher_BLH: Tensor | None = None,
+        teacher_head: Head | None = None,
+        stored_BLn: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Summed loss over the micro-batch, float32 scalar.
+
+        The teacher is given by its hidden states and head, or by stored ids and probabilities.
+        """
         student_BLH = hidden_states(self.student, input_ids)
+        if stored_BLn is not None:
+            ids_Tn, p_Tn = (x.flatten(0, 1) for x in stored_BLn)
+            return stored_loss(student_BLH.flatten(0, 1), head_of(self.student), ids_Tn, p_Tn)
+        assert teacher_BLH is not None
+        assert teacher_head is not None
         labels = None
         if self.recipe.cross_entropy_weight:
             labels = torch.full_like(input_ids, -100)
@@ -143,7 +158,12 @@ class DistillationTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, model: StudentLoss, *, teacher: PreTrainedModel, recipe: Recipe, **kwargs: Any
+        self,
+        model: StudentLoss,
+        *,
+        teacher: PreTrainedModel | StoredOutputs,
+        recipe: Recipe,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
         self.student_loss = model  # self.model may be wrapped
@@ -162,10 +182,14 @@ class DistillationTrainer(Trainer):
         DDP and DeepSpeed average the gradients over processes, hence the factor.
         """
         ids = inputs["input_ids"]
-        with torch.no_grad():
-            teacher_BLH = hidden_states(self.teacher, ids.to(self.teacher.device)).to(ids.device)
-            teacher_head = head_of(self.teacher)
-        loss = model(ids, teacher_BLH, teacher_head)
+        if isinstance(self.teacher, StoredOutputs):
+            rows = [self.teacher[row] for row in inputs["row"].tolist()]
+            stored = tuple(torch.stack(column).to(ids.device) for column in zip(*rows, strict=True))
+            loss = model(ids, stored_BLn=stored)
+        else:
+            with torch.no_grad():
+                teacher_BLH = hidden_states(self.teacher, ids)
+            loss = model(ids, teacher_BLH, head_of(self.teacher))
         tokens = self.recipe.batch * ids.shape[1]
         loss = loss / tokens * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
@@ -287,23 +311,25 @@ def training_arguments(recipe: Recipe, work: Path, device: torch.device) -> Trai
 
 def make_trainer(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | StoredOutputs,
     tokens: PackedTokens,
     recipe: Recipe,
     work: Path,
     callbacks: list[Any],
 ) -> DistillationTrainer:
     """A trainer that is ready to run. `student` is float32, `teacher` in its own dtype."""
-    teacher.eval().requires_grad_(False)
+    if not isinstance(teacher, StoredOutputs):
+        teacher.eval().requires_grad_(False)
+        if recipe.compile:
+            teacher.base_model.compile()
     student.train()
     if recipe.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     if recipe.compile:
         student.base_model.compile()
-        teacher.base_model.compile()
     trainer = DistillationTrainer(
         model=StudentLoss(student, recipe),
-        args=training_arguments(recipe, work, teacher.device),
+        args=training_arguments(recipe, work, student.device),
         data_collator=collate,
         train_dataset=tokens,
         callbacks=callbacks,

@@ -87,6 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss.add_argument(
         "--teacher-top-k", type=positive, help="experts per token in the teacher (default: its own)"
     )
+    loss.add_argument(
+        "--teacher-outputs",
+        type=Path,
+        metavar="FOLDER",
+        help="from m2d outputs, in place of running the teacher",
+    )
     compute = parser.add_argument_group("compute")
     compute.add_argument(
         "--precision",
@@ -234,6 +240,22 @@ def expand_routing(config: Any, top_k: int, where: Path) -> None:
     setattr(config, family.top_k, top_k)
 
 
+def open_outputs(args: argparse.Namespace, vocabulary: int) -> Any:
+    """The stored teacher outputs, or None where the teacher itself is run."""
+    from m2d.distill.outputs import StoredOutputs
+
+    if args.teacher_outputs is None:
+        return None
+    if args.loss != "forward_kl" or args.temperature != 1 or args.cross_entropy_weight:
+        raise UserError("--teacher-outputs: goes with --loss forward_kl at temperature 1 alone")
+    if args.teacher_top_k or args.teacher_dtype:
+        raise UserError(
+            "--teacher-outputs: the teacher's top-k and dtype were chosen in m2d outputs; leave "
+            "--teacher-top-k and --teacher-dtype away"
+        )
+    return StoredOutputs(args.teacher_outputs, args.tokens, vocabulary)
+
+
 def load_model(folder: Path, config: Any, dtype: Any, device: Any) -> Any:
     """A stock causal LM on `device`. No code of the folder is run, no pickle read."""
     from transformers import AutoModelForCausalLM
@@ -284,6 +306,7 @@ def run(args: argparse.Namespace) -> None:
     if args.teacher_top_k:
         expand_routing(teacher_config, args.teacher_top_k, teacher_folder)
     tokens = PackedTokens(args.tokens, args.seed)
+    stored = open_outputs(args, vocabularies[0])
     strategy, device = start_processes(args.strategy, args.device)
     recipe = make_recipe(args, strategy, tokens.sequences)
     tokens.items = recipe.steps * recipe.batch
@@ -296,17 +319,20 @@ def run(args: argparse.Namespace) -> None:
     identity = watch.broadcast(
         lambda: result.identity(recipe, student_folder, teacher_folder, args.tokens)
     )
-    work = result.work_folder(args.out, identity)
     own_dtype = student_config.dtype
     own_dtype = own_dtype if isinstance(own_dtype, torch.dtype) else torch.float32
     teacher_dtype = teacher_config.dtype
     teacher_dtype = teacher_dtype if isinstance(teacher_dtype, torch.dtype) else torch.float32
-    teacher = load_model(
-        teacher_folder, teacher_config, pick_dtype(args.teacher_dtype, teacher_dtype), device
-    )
-    student = load_model(student_folder, student_config, torch.float32, device)
+    if stored is not None:
+        identity["teacher_outputs"] = stored.index
+    work = result.work_folder(args.out, identity)
     sample = tokens[0]["input_ids"][None, :16]
-    trainer.check_head(teacher, sample, args.teacher)
+    teacher: Any = stored
+    if stored is None:
+        dtype = pick_dtype(args.teacher_dtype, teacher_dtype)
+        teacher = load_model(teacher_folder, teacher_config, dtype, device)
+        trainer.check_head(teacher, sample, args.teacher)
+    student = load_model(student_folder, student_config, torch.float32, device)
     trainer.check_head(student, sample, str(args.student))
 
     checkpoints = trainer.checkpoints_in(work) if work.is_dir() else []

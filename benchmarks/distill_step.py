@@ -1,0 +1,137 @@
+"""Time of a distillation step against its parts: a bare teacher forward and a bare student step.
+
+Within one run of the real trainer, every training step (data, teacher, student, loss, clipping,
+AdamW, metrics) is followed, on a batch of the same size, by a bare forward of the teacher to its
+logits and a bare forward and backward of a copy of the student with the usual next-token loss. The
+medians are compared. CPU time by default, so that a busy machine does not decide. Prints one JSON
+line.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerCallback,
+)
+
+from m2d.distill.data import PackedTokens
+from m2d.distill.trainer import Recipe, make_trainer
+
+VOCABULARY = 32_768
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 1024,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {
+    "moe_intermediate_size": 256,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+class Parts(TrainerCallback):
+    """Times each step from the end of the last one, then the bare parts on the same machine."""
+
+    def __init__(self, teacher: Any, student: Any, ids: torch.Tensor, clock: Any) -> None:
+        self.teacher, self.student, self.ids, self.clock = teacher, student, ids, clock
+        self.seconds: dict[str, list[float]] = {"step": [], "teacher": [], "student": []}
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.start = self.clock()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds["step"].append(self.clock() - self.start)
+        start = self.clock()
+        with torch.no_grad():
+            self.teacher(input_ids=self.ids, use_cache=False)
+        self.seconds["teacher"].append(self.clock() - start)
+        start = self.clock()
+        with torch.autocast(self.ids.device.type, dtype=torch.bfloat16):
+            self.student(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
+        self.student.zero_grad()
+        self.seconds["student"].append(self.clock() - start)
+        self.start = self.clock()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--wall", action="store_true", help="wall time, on an idle machine")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    teacher = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS)).bfloat16()
+    student = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+    recipe = Recipe(
+        steps=args.steps,
+        batch=args.batch,
+        device_batch=args.batch,
+        learning_rate=1e-4,
+        min_learning_rate=1e-5,
+        warmup_steps=0,
+        decay_steps=0,
+        decay="linear",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        loss="forward_kl",
+        temperature=1.0,
+        cross_entropy_weight=0.0,
+        teacher_top_k=None,
+        teacher_dtype=None,
+        precision="bf16",
+        gradient_checkpointing=False,
+        compile=False,
+        strategy="single",
+        processes=1,
+        seed=0,
+    )
+    ids = torch.randint(0, VOCABULARY, (args.batch, args.length))
+    clock = time.perf_counter if args.wall else time.process_time
+    parts = Parts(teacher, copy.deepcopy(student), ids, clock)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokens.safetensors"
+        save_file({"input_ids": ids.repeat(args.steps, 1)}, file)
+        tokens = PackedTokens(file, seed=0, items=args.steps * args.batch)
+        make_trainer(student, teacher, tokens, recipe, Path(folder), [parts]).train()
+    # The first step also sets up the optimizer's state.
+    median = {name: statistics.median(times[1:]) for name, times in parts.seconds.items()}
+    bare = median["teacher"] + median["student"]
+    print(
+        json.dumps(
+            {
+                "benchmark": "distill_step",
+                "ratio": round(median["step"] / bare, 3),
+                "target": 1.1,
+                "seconds": {name: round(value, 3) for name, value in median.items()},
+                "tokens_per_step": args.batch * args.length,
+                "how": f"{'wall' if args.wall else 'CPU'} time, 1 thread, bf16; medians of "
+                f"{args.steps - 1} steps, each followed by the bare parts",
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
