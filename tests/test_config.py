@@ -69,7 +69,7 @@ def test_paper_scale(original: dict[str, Any]) -> None:
          "linear? allowed: linear, cosine, 1-sqrt"),
         ("recipes.demo.warmup_steps", 99, "recipes.demo.steps: 100 is less than"),
         ("recipes.demo.min_learning_rate", 1, "recipes.demo.min_learning_rate: 1 is more than"),
-        ("recipes.paper-4b.gpus", 7, "recipes.paper-4b.batch: 384 is not a multiple of device_batch"),
+        ("recipes.paper-4b.gpus", 7, "paper-4b.batch: 384 is not a multiple of device_batch times"),
         ("students.do-acp-k4.scoring", "DO-APC", "students.do-acp-k4.scoring: unknown scoring "
          "'DO-APC'; did you mean gld_reap?"),
         ("students.do-acp-k4.keep", 3, "students.do-acp-k4.keep: 3 experts cannot be kept of demo; "
