@@ -74,7 +74,7 @@ def to_fp8(folder: Path, block: tuple[int, int], skip: tuple[str, ...]) -> Path:
 
 
 def slow_fp8(folder: Path, block: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """The tensors of such a teacher in float32, dequantised number by number."""
+    """The tensors of such a teacher in float32, dequantised block by block."""
     tensors = load_file(folder / "model.safetensors")
     plain = {}
     for name, tensor in tensors.items():
@@ -83,9 +83,10 @@ def slow_fp8(folder: Path, block: tuple[int, int]) -> dict[str, torch.Tensor]:
         value = tensor.float()
         scale = tensors.get(f"{name}_scale_inv")
         if scale is not None:
-            for i in range(value.shape[0]):
-                for j in range(value.shape[1]):
-                    value[i, j] *= scale[i // block[0], j // block[1]]
+            for i in range(scale.shape[0]):
+                for j in range(scale.shape[1]):
+                    rows = slice(i * block[0], (i + 1) * block[0])
+                    value[rows, j * block[1] : (j + 1) * block[1]] *= scale[i, j]
         plain[name] = value
     return plain
 

@@ -167,7 +167,7 @@ def _with_student(
         "student_config": {family.num_experts: 1, family.top_k: 1}
         | {key: 1 for key in GROUPS if isinstance(getattr(config, key, None), int)},
     }
-    weight = _weight_of_one(Family(**single), config, layer)
+    weight = _weight_of_one(Family(**single), config, block, layer)
     if weight is not None:
         return Family(**{**single, "one_expert_weight": weight})
     dense = copy.copy(family.__dict__) | _all_dense(family, config, block, layer)
@@ -190,7 +190,22 @@ def _student_skeleton(family: Family, config: PretrainedConfig, width: int) -> P
     return make_skeleton(student, config.model_type)
 
 
-def _weight_of_one(family: Family, config: PretrainedConfig, layer: int) -> float | None:
+def _same_but_for_experts(
+    teacher: nn.Module, student: nn.Module, experts: str, router: str
+) -> bool:
+    """Whether two blocks agree in all but the experts and what has one element per expert."""
+    count = teacher.get_parameter(f"{router}.weight").shape[0]
+    of_student = dict(student.named_parameters())
+    return all(
+        name in of_student and of_student[name].shape == parameter.shape
+        for name, parameter in teacher.named_parameters()
+        if not name.startswith(experts) and count not in parameter.shape
+    )
+
+
+def _weight_of_one(
+    family: Family, config: PretrainedConfig, teacher: nn.Module, layer: int
+) -> float | None:
     """The weight that a router of one expert gives it; None where that cannot be."""
     block_path, _, name = family.experts.rpartition(".")
     router = family.router.removeprefix(f"{block_path}.")
@@ -204,6 +219,8 @@ def _weight_of_one(family: Family, config: PretrainedConfig, layer: int) -> floa
         shape = tuple(block.get_parameter(f"{name}.down_proj").shape)
         if shape[0] != 1 or shape[1 if family.transposed else 2] != width:
             return None
+        if not _same_but_for_experts(teacher, block, name, router):
+            return None  # shared experts would grow as well
         _, _, recorder = probe(block, name, router, hidden, seed=None)
     except Exception:
         return None
@@ -223,6 +240,9 @@ def _all_dense(
     options: list[dict[str, Any]] = [
         {"mlp_layer_types": ["dense"] * layers},
         {"first_k_dense_replace": Of("num_hidden_layers")},
+        {"num_dense_layers": Of("num_hidden_layers")},
+        {"moe_layer_start_index": Of("num_hidden_layers")},
+        {family.num_experts: 1},  # a class may take one expert for none
     ]
     hidden = torch.randn(
         PROBE_TOKENS, config.hidden_size, generator=torch.Generator().manual_seed(5)

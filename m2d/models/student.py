@@ -255,7 +255,10 @@ class StudentTensors:
         """Whether the teacher has a row per expert where the student has one."""
         block = self.family.experts.rpartition(".")[0]
         inside = f".{block}." in output.source
-        return self.family.one_expert and inside and shape != output.shape == (1, *shape[1:])
+        if not (self.family.one_expert and inside and len(shape) == len(output.shape)):
+            return False
+        changed = {own for theirs, own in zip(shape, output.shape, strict=True) if theirs != own}
+        return changed == {1}
 
     def _merge(self, layer: LayerPlan, output: _Output) -> Tensor:
         """An FFN's tensor: merged groups, then shared experts, then zeros, to the shape."""

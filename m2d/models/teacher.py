@@ -115,7 +115,7 @@ def locate(model: str | Path, config_only: bool = False) -> Path:
 def read_config(folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
     """config.json as on disk and as transformers reads it. No code of the checkpoint is run."""
     file = folder / "config.json"
-    raw = read_json(file)
+    raw = _decoded(read_json(file))
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UserError(f"{file}: has no model_type; is {folder} a model folder?")
     if raw["model_type"] == EMO.model_type:
@@ -129,6 +129,15 @@ def read_config(folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"{file}: not a valid config ({reason[-1] if reason else error})") from None
+
+
+def _decoded(value: Any) -> Any:
+    """JSON as transformers writes it, with infinities as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def register_emo() -> None:
