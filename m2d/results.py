@@ -153,7 +153,7 @@ def read_provenance(files: Iterable[str | Path]) -> dict[Place, dict[str, Any]]:
             "teacher_top_k": distillation.get("teacher_top_k"),
         }
         sizes = _sizes(content.get("teacher"), size)
-        found[Place(place.teacher, "", "teacher")] = sizes
+        found[Place(place.teacher, "", "teacher")] = {**sizes, "bytes_per_weight": size}
     return found
 
 
@@ -199,6 +199,11 @@ def read_evaluations(
             raise UserError(f"{file}: holds no result of {place.task}; make it with m2d evaluate")
         shots = content.get("n-shot", {}).get(place.task)
         count = content.get("n-samples", {}).get(place.task, {}).get("effective")
+        setup = content.get("config", {})  # its sizes hold for teachers and baselines too
+        size = DTYPE_BYTES.get(str(setup.get("model_dtype")).removeprefix("torch."))
+        own = provenance.get(Place(place.teacher, place.student, place.variant), {})
+        size = own.get("bytes_per_weight", size)  # as stored, not as evaluated
+        sizes = _sizes({"parameters": setup.get("model_num_parameters")}, size)
         for key, value in results[place.task].items():
             measure, _, metric_filter = key.partition(",")
             if not metric_filter or measure.endswith("_stderr"):
@@ -206,7 +211,8 @@ def read_evaluations(
             error = results[place.task].get(f"{measure}_stderr,{metric_filter}")
             row = {"task": place.task, "shots": shots, "measure": measure, "value": value}
             row |= {"stderr": error if isinstance(error, float) else None, "samples": count}
-            rows.append({**about(place, provenance), **row})
+            known = {k: v for k, v in about(place, provenance).items() if v is not None}
+            rows.append({**sizes, **known, **row})
     return rows
 
 

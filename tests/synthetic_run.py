@@ -76,6 +76,7 @@ def evaluation(task: str, measure: str, value: float) -> dict:
             }
         },
         "n-shot": {task: 0},
+        "config": {"model_num_parameters": 4_961_000, "model_dtype": "torch.float32"},
         "n-samples": {task: {"original": 240, "effective": 240}},
     }
 
@@ -100,7 +101,7 @@ def write_students(folder: Path) -> dict[str, list[Path]]:
         base = root / "students" / f"{scoring}-k{keep}"
         plan = {"scoring": scoring, "grouping": "round_robin", "scaling": "uniform"}
         provenance = {
-            "teacher": {"name": TEACHER, "parameters": 4_961_000},
+            "teacher": {"name": TEACHER},
             "dtype": "bfloat16",
             "student": {"parameters": 2_000_000},
             "plan": {**plan, "keep": keep, "groups": 4},

@@ -93,6 +93,11 @@ def test_students_with_scores_and_standard_errors(tables: dict) -> None:
     assert row["perplexity"] == 15.0
     assert row["parameters"] == 2_000_000
     assert row["tokens"] == 500_000
+    # The teacher's size is known from its evaluation.
+    (teacher,) = students[students.index.get_level_values("variant") == "teacher"].to_dict(
+        "records"
+    )
+    assert (teacher["parameters"], teacher["bytes"]) == (4_961_000, 9_922_000)
     # acc_norm where the task has it, else acc
     assert row["demo_continuation"] == pytest.approx(0.68)
     assert row["demo_package"] == pytest.approx(0.73)

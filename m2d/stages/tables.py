@@ -117,7 +117,7 @@ def axis_effects(grid: pd.DataFrame) -> pd.DataFrame:
 def students(long: pd.DataFrame) -> pd.DataFrame:
     """One row per teacher and student variant: plan, perplexity, a column per task, average."""
     ours = long[long["source"] == "ours"]
-    index = ours[[*STUDENT, *PLAN]].drop_duplicates(STUDENT).set_index(STUDENT)
+    index = ours.groupby(STUDENT, dropna=False)[PLAN].first()
     perplexity = ours[ours["measure"] == "perplexity"].set_index(STUDENT)["value"]
     index = index.join(perplexity.rename("perplexity"))
     for task, part in ours[ours["measure"] == "word_perplexity"].groupby("task"):
