@@ -7,29 +7,29 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 # Rules of the workflow call `m2d`, and so find this environment's.
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .PHONY: demo test check format profiles clean help
 
 demo: $(STAMP)
-	snakemake --profile profiles/local all_demo
-	snakemake --profile profiles/local all_demo --report report.html
+	$(IN_VENV) snakemake --profile profiles/local all_demo
+	$(IN_VENV) snakemake --profile profiles/local all_demo --report report.html
 	@echo "Tables: results/tables/all_demo   Figures: results/figures/all_demo   Report: report.html"
 
 test: $(STAMP)
-	pytest -n 2 --dist loadgroup
+	$(IN_VENV) pytest -n 2 --dist loadgroup
 
 check: $(STAMP)
-	ruff check .
-	ruff format --check .
-	mypy
-	snakefmt --check workflow
-	snakemake --lint
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+	$(IN_VENV) mypy
+	$(IN_VENV) snakefmt --check workflow
+	$(IN_VENV) snakemake --lint
 
 format: $(STAMP)
-	ruff check --fix .
-	ruff format .
-	snakefmt workflow
+	$(IN_VENV) ruff check --fix .
+	$(IN_VENV) ruff format .
+	$(IN_VENV) snakefmt workflow
 
 # Links the profiles to where Snakemake looks for them: then `snakemake --profile slurm` works.
 profiles:
