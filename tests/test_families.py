@@ -23,6 +23,7 @@ from m2d.models.families import FAMILIES
 from m2d.models.generic import describe
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher, read_config
+from m2d.stages.grid import GridStudent
 from m2d.stages.merge import write_student
 from m2d.statistics import SUMS
 
@@ -231,6 +232,24 @@ def test_a_merged_ffn_is_the_sum_of_its_groups(name: str, tmp_path: Path, teache
         output = student.base_model.layers[index].get_submodule(path)(x[None])
         output = output[0] if isinstance(output, tuple) else output
         torch.testing.assert_close(output.view_as(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "emo", "granitemoe", *sorted(ONE_EXPERT)])
+@torch.no_grad()
+def test_the_grids_student_is_the_merged_one(name: str, tmp_path: Path, teachers: Any) -> None:
+    """The student whose FFNs change in memory, against the one on disk, after a change."""
+    teacher = open_teacher(teachers(name))
+
+    def plan(first: int) -> Plan:
+        groups = (Group((first, first + 1), (0.5, 0.5), 0.4), Group((first + 3,), (1.0,), 0.7))
+        layers = tuple(LayerPlan(i, groups) for i in teacher.moe_layers)
+        return Plan("x", "x", "x", None, layers)
+
+    student = GridStudent(teacher, plan(0), 2 * WIDTH, torch.float32, CPU)
+    ids = torch.randint(0, VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(3))
+    found = student.become(plan(2))(ids).logits
+    merged = load(write_student(teacher, plan(2), tmp_path / "student"))
+    torch.testing.assert_close(found, merged(ids).logits, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(ONE_EXPERT))

@@ -59,7 +59,10 @@ class StreamedTeacher:
         self.checkpoint = Checkpoint(teacher.folder)
         self.is_expert = expert_pattern(teacher.family).fullmatch
         self.model = teacher.skeleton
-        self.layers = list(layers_of(self.model))
+        self.layers = [
+            layer.__dict__["stood_here"] if isinstance(layer, _Tap) else layer
+            for layer in layers_of(self.model)
+        ]
         self.prefixes = [f"{_layers_path(self.model)}.{i}." for i in range(len(self.layers))]
         self.taps = [_Tap(layer) for layer in self.layers]
         self.model.base_model.layers = nn.ModuleList(self.taps)
@@ -166,6 +169,8 @@ def _glu_of(teacher: Teacher, layer: nn.Module) -> str | Glu:
     if family.glu in GLU:
         return GLU[family.glu](teacher.config)
     stock: Any = layer.get_submodule(family.experts)
+    if isinstance(stock, StackedExperts):  # this skeleton was streamed before
+        return cast(Glu, stock.custom_glu)
     if not family.interleaved:
         return cast(Glu, stock._apply_gate)
     return lambda gate_up: stock._apply_gate(
