@@ -83,7 +83,7 @@ def curve_table(seeds: list[dict[str, Any]], reference: str) -> list[str]:
 def saving_table(seeds: list[dict[str, Any]], reference: str) -> list[str]:
     """Seconds of refit against the seconds of distillation that bring the reference as far."""
     lines = [
-        "| student | refit, CPU seconds | as far by distilling the reference: tokens | CPU seconds |",
+        "| student | refit, CPU seconds | as far by distilling: tokens | CPU seconds |",
         "|---|---:|---:|---:|",
     ]
     for name, row in seeds[0].items():
