@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +32,7 @@ from transformers import (
 
 from m2d.cli import main
 from m2d.distill import watch
-from m2d.distill.data import PackedTokens, pack_tokens
+from m2d.distill.data import PackedTokens, mixture, pack_tokens, write_packed
 from m2d.distill.trainer import check_head
 from m2d.errors import UserError
 
@@ -354,6 +355,30 @@ def test_packing_has_no_padding_and_closes_documents() -> None:
     endless.eos_token_id = None
     with pytest.raises(UserError, match="no end-of-sequence token"):
         pack_tokens(documents([]), endless, 7, None)
+
+
+def test_packing_to_disk_is_packing_in_memory(tmp_path: Path) -> None:
+    texts = ["abc", "de", "", "fghijk"] * 50
+    file = tmp_path / "tokens.safetensors"
+    assert write_packed(file, texts, Letters(), 7, None, {"source": "letters"}) == 107
+    assert torch.equal(load_file(file)["input_ids"], pack_tokens(texts, Letters(), 7, None))
+    with safe_open(file, "np") as opened:
+        assert opened.metadata() == {"source": "letters", "sequences": "107", "length": "7"}
+    assert write_packed(tmp_path / "few", texts, Letters(), 7, 3, {}) == 3
+    with pytest.raises(UserError, match="fills 107 sequences of 7 tokens, not 200"):
+        write_packed(tmp_path / "many", texts, Letters(), 7, 200, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "tokens.safetensors"]
+
+
+def test_mixtures_hold_their_shares_from_the_beginning() -> None:
+    long, short = ("a" * 30 for _ in range(1000)), ("b" * 10 for _ in range(300))
+    mixed = list(mixture([(long, 3), (short, 1)]))
+    for end in (40, 200, len(mixed)):
+        share = sum(len(text) for text in mixed[:end] if text[0] == "a")
+        assert abs(share / sum(map(len, mixed[:end])) - 0.75) < 0.02
+    assert sum(text[0] == "b" for text in mixed) == 300  # the end of the first that ends
+    with pytest.raises(UserError, match="weights of a mixture must be above 0"):
+        next(mixture([([], 0)]))
 
 
 def test_every_epoch_is_a_permutation(place: Path) -> None:

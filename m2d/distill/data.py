@@ -6,7 +6,8 @@ documents follow one another, each closed by the end-of-sequence token, and are 
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
+from m2d.artifacts import atomic_path
 from m2d.errors import UserError
 
 # Documents that go to the tokenizer at once, so that a fast tokenizer can use its threads.
@@ -61,12 +63,82 @@ def pack_tokens(
         UserError: too little text for `sequences` (or for one), or no end-of-sequence token.
     """
     rows = list(itertools.islice(iterate_packed(documents, tokenizer, length), sequences))
-    if len(rows) < (1 if sequences is None else sequences):
+    require_filled(len(rows), length, sequences)
+    return torch.from_numpy(np.stack(rows))
+
+
+def write_packed(
+    path: str | Path,
+    documents: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    sequences: int | None,
+    metadata: dict[str, str],
+) -> int:
+    """Pack documents straight into a token file, of any size; returns its sequences.
+
+    As `pack_tokens`, but only a batch of documents is in memory at a time. The file appears when it
+    is complete. `metadata` is added to its sequences and length.
+
+    Raises:
+        UserError: as `pack_tokens`.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        # The header comes first and has the number of rows: room is kept for it, and filled later.
+        room = len(packed_header(2**40, length, metadata))
+        file.write(b" " * room)
+        rows = 0
+        for row in itertools.islice(iterate_packed(documents, tokenizer, length), sequences):
+            file.write(row.astype("<i8").tobytes())
+            rows += 1
+        require_filled(rows, length, sequences)
+        file.seek(0)
+        file.write(packed_header(rows, length, metadata, room))
+    return rows
+
+
+def packed_header(rows: int, length: int, metadata: dict[str, str], size: int = 0) -> bytes:
+    """The safetensors header of int64 input_ids [rows, length], padded with spaces to `size`."""
+    notes = {**metadata, "sequences": str(rows), "length": str(length)}
+    tensor = {"dtype": "I64", "shape": [rows, length], "data_offsets": [0, rows * length * 8]}
+    text = json.dumps({"__metadata__": notes, "input_ids": tensor}).encode()
+    # The tensor begins at a multiple of 8.
+    text = text.ljust(max(size - 8, -(-len(text) // 8) * 8))
+    return len(text).to_bytes(8, "little") + text
+
+
+def require_filled(rows: int, length: int, sequences: int | None) -> None:
+    """Raise a UserError unless the text filled the sequences asked for, or at least one."""
+    if rows < (1 if sequences is None else sequences):
         raise UserError(
-            f"the text fills {len(rows)} sequences of {length} tokens, not {sequences or 1}; "
+            f"the text fills {rows} sequences of {length} tokens, not {sequences or 1}; "
             f"give more text, or fewer or shorter sequences"
         )
-    return torch.from_numpy(np.stack(rows))
+
+
+def mixture(sources: Sequence[tuple[Iterable[str], float]]) -> Iterator[str]:
+    """Interleave the documents of several sources by weight; each source keeps its order.
+
+    The next document comes from the source that is furthest behind its share of the characters so
+    far, so the mixture is the same each time and its shares hold from the beginning. It ends with
+    the first source that ends, since the shares cannot hold beyond.
+
+    Args:
+        sources: documents and weight, each weight above 0; only their proportions matter.
+    """
+    if any(weight <= 0 for _, weight in sources):
+        raise UserError("the weights of a mixture must be above 0")
+    streams = [iter(documents) for documents, _ in sources]
+    used = [0.0] * len(sources)
+    while True:
+        behind = min(range(len(sources)), key=lambda i: used[i] / sources[i][1])
+        try:
+            document = next(streams[behind])
+        except StopIteration:
+            return
+        # An empty document still counts, or a source of them would never let another in.
+        used[behind] += max(len(document), 1)
+        yield document
 
 
 class PackedTokens(Dataset):
