@@ -98,6 +98,9 @@ def test_students_with_scores_and_standard_errors(tables: dict) -> None:
         "records"
     )
     assert (teacher["parameters"], teacher["bytes"]) == (4_961_000, 9_922_000)
+    assert (teacher["perplexity"], teacher["demo_continuation"]) == (9.5, 0.8)
+    assert tables["students"].loc[0, "variant"] == "teacher"
+    assert tables["students"]["student"].isna().tolist() == [True] + [False] * 9
     # acc_norm where the task has it, else acc
     assert row["demo_continuation"] == pytest.approx(0.68)
     assert row["demo_package"] == pytest.approx(0.73)

@@ -117,7 +117,9 @@ def axis_effects(grid: pd.DataFrame) -> pd.DataFrame:
 def students(long: pd.DataFrame) -> pd.DataFrame:
     """One row per teacher and student variant: plan, perplexity, a column per task, average."""
     ours = long[long["source"] == "ours"]
-    index = ours.groupby(STUDENT, dropna=False)[PLAN].first()
+    # Missing values do not join: for the while, a teacher's student is the empty string.
+    ours = ours.assign(student=ours["student"].fillna(""))
+    index = ours.groupby(STUDENT)[PLAN].first()
     perplexity = ours[ours["measure"] == "perplexity"].set_index(STUDENT)["value"]
     index = index.join(perplexity.rename("perplexity"))
     for task, part in ours[ours["measure"] == "word_perplexity"].groupby("task"):
@@ -134,6 +136,7 @@ def students(long: pd.DataFrame) -> pd.DataFrame:
         errors = index[[f"{task} ±" for task in tasks]].astype(float)
         index["average ±"] = np.sqrt((errors**2).sum(axis=1, skipna=False)) / len(tasks)
     table = index.reset_index()
+    table["student"] = table["student"].replace("", pd.NA)
     # The teacher, then each student as merged, then distilled. What was measured comes first.
     first = table["variant"].map({"teacher": 0, "merged": 1}).fillna(2)
     table = table.assign(first=first).sort_values(
