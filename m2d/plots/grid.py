@@ -40,7 +40,9 @@ def heat_map(grid: pd.DataFrame) -> Figure:
     rows = len(scorings) * len(groupings)
     columns = len(keeps)
     numbered = rows <= 60 and columns <= 8
-    figure, axes = new_figure(1, len(scalings), height=1.5 + 0.185 * rows, sharey=True, width=7.2)
+    figure, axes = new_figure(
+        1, len(scalings), height=max(2.6, 1.5 + 0.185 * rows), sharey=True, width=7.2
+    )
     norm = LogNorm(grid["perplexity"].min(), grid["perplexity"].max())
     keys = ["scaling", "scoring", "grouping", "keep"]
     values = grid.set_index(keys)["perplexity"]
@@ -97,8 +99,8 @@ def heat_map(grid: pd.DataFrame) -> Figure:
             fontweight="bold",
         )
     assert image is not None
-    bar = figure.colorbar(image, ax=axes, shrink=0.5, pad=0.02, aspect=30)
-    bar.set_label("perplexity before distillation (log scale)")
+    bar = figure.colorbar(image, ax=axes, shrink=0.5 if rows > 12 else 0.9, pad=0.02, aspect=30)
+    bar.set_label("perplexity before distillation" if rows > 12 else "perplexity")
     plain_log(bar.ax, "y")
     bar.outline.set_visible(False)
     figure.supxlabel("the framed cell is the best", fontsize=8, color=MUTED)
