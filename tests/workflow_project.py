@@ -45,6 +45,13 @@ CONFIG: dict[str, Any] = {
     "students": {
         "do-acp": {"scoring": "DO-ACP", "grouping": "RR", "scaling": "uniform", "keep": 4},
         "sf": {"scoring": "SF", "grouping": "WC", "scaling": "uniform", "keep": 2},
+        "solved": {
+            "scoring": "DO-ACP",
+            "grouping": "RR",
+            "scaling": "uniform",
+            "keep": 2,
+            "refit": "layer",
+        },
     },
     "recipes": {
         "short": {
@@ -58,7 +65,15 @@ CONFIG: dict[str, Any] = {
             "runtime": 5,
         }
     },
-    "evaluations": {"demo": {"tasks": ["demo_continuation"], "shots": 0, "limit": 4, "demo": True}},
+    "evaluations": {
+        "demo": {
+            "tasks": ["demo_continuation"],
+            "shots": 0,
+            "limit": 4,
+            "batch_size": 8,
+            "demo": True,
+        }
+    },
     "pipelines": {
         "all_tiny": {
             "teachers": ["tiny"],
@@ -66,6 +81,11 @@ CONFIG: dict[str, Any] = {
             "students": ["do-acp"],
             "distill": [{"student": "do-acp", "recipe": "short"}],
             "evaluations": ["demo"],
+        },
+        "all_solved": {
+            "teachers": ["tiny"],
+            "students": ["solved"],
+            "distill": [{"student": "solved", "recipe": "short"}],
         },
         "all_best": {"teachers": ["tiny"], "scorings": ["DO-ACP"], "best": "short"},
         "all_wide": {
@@ -86,7 +106,7 @@ test -z "$M2D_STUB_SLEEP" || sleep "$M2D_STUB_SLEEP"
 case $1 in
     rank) exec "{m2d}" "$@" ;;
     merge) mkdir "$3"; echo "{{}}" > "$3/m2d.json" ;;
-    distill) mkdir "$4"; echo "{{}}" > "$4/m2d.json" ;;
+    distill | refit) mkdir "$4"; echo "{{}}" > "$4/m2d.json" ;;
     perplexity) echo "{{}}" > "$6" ;;
     tables | figures) mkdir "$2" ;;
     *) echo "{{}}" > "$3" ;;

@@ -28,7 +28,7 @@ wildcard_constraints:
     teacher="|".join(config["teachers"]),
     student="|".join([*config["students"], "best-[a-z_]+-[a-z_]+"]),
     recipe="|".join(config["recipes"]),
-    variant="|".join(["merged", *config["recipes"]]),
+    variant="|".join(["merged", "refit", *config["recipes"]]),
     tokens="calibration|test|distillation",
     scoring="[a-z_]+",
 
@@ -142,6 +142,12 @@ def choice_of(wildcards):
     return ancient(files)
 
 
+def merge_settings(wildcards):
+    """What of a student's settings its merging reads."""
+    student = student_of(wildcards)
+    return {key: student[key] for key in ("scoring", "grouping", "scaling", "keep")}
+
+
 def merge_code(wildcards):
     student = student_of(wildcards)
     return code(
@@ -149,7 +155,18 @@ def merge_code(wildcards):
     )
 
 
-# ---- distill.smk
+# ---- refit.smk, distill.smk
+
+
+def refit_of(student):
+    """A student's variant of refit; None where there is none, as in best-SCORING-GROUPING."""
+    return config["students"].get(student, {}).get("refit")
+
+
+def undistilled(wildcards):
+    """The student that distillation starts from: refitted where the config asks for it."""
+    variant = "refit" if refit_of(wildcards.student) else "merged"
+    return f"<results>/{wildcards.teacher}/students/{wildcards.student}/{variant}"
 
 
 def recipe_of(wildcards):
@@ -200,9 +217,8 @@ def evaluation_out(wildcards, output):
 
 def evaluation_options(evaluation):
     settings = config["evaluations"][evaluation]
-    options = [f"--task {task}" for task in settings["tasks"]] + [
-        f"--shots {settings['shots']}"
-    ]
-    return " ".join(
-        options + ([f"--limit {settings['limit']}"] if "limit" in settings else [])
-    )
+    options = [f"--task {task}" for task in settings["tasks"]]
+    for key in ("shots", "limit", "batch_size"):
+        if key in settings:
+            options.append(f"--{key.replace('_', '-')} {settings[key]}")
+    return " ".join(options)

@@ -1,5 +1,6 @@
 # Distillation: a student trained on its teacher's distributions.
-# in:  a teacher, <results>/{teacher}/students/{student}/merged/, tokens/distillation.safetensors
+# in:  a teacher, <results>/{teacher}/students/{student}/merged/ (or refit/, where the config has it),
+#      tokens/distillation.safetensors
 # out: <results>/{teacher}/students/{student}/{recipe}/
 #
 # A job that is killed or runs out of time goes on from its last checkpoint when it is started
@@ -9,7 +10,7 @@
 rule distill_student:
     """Train one student on its teacher's outputs."""
     input:
-        student="<results>/{teacher}/students/{student}/merged",
+        student=undistilled,
         tokens="<results>/{teacher}/tokens/distillation.safetensors",
         choice=choice_of,
         teacher=teacher_files,

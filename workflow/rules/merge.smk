@@ -26,7 +26,7 @@ rule merge_student:
         runtime=minutes,
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
-        student=student_of,
+        student=merge_settings,
         ranking=ranking_digest,
         code=merge_code,
     shell:

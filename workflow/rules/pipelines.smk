@@ -12,6 +12,7 @@ def runs_of(pipeline):
             for grouping in config["grid"]["groupings"]:
                 student = f"best-{scoring}-{grouping}"
                 pairs += [(student, "merged"), (student, settings["best"])]
+    pairs += [(s, "refit") for s in dict.fromkeys(s for s, _ in pairs) if refit_of(s)]
     return [
         (teacher, *pair)
         for teacher in settings["teachers"]
@@ -57,7 +58,7 @@ def metrics_of(pipeline):
     return [
         f"{config['results']}/{t}/students/{s}/{v}/metrics.jsonl"
         for t, s, v in runs
-        if v != "merged"
+        if v not in ("merged", "refit")
     ]
 
 
