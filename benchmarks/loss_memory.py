@@ -8,10 +8,10 @@ themselves take. Prints one JSON line.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,8 +35,15 @@ def chunked(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor
 VERSIONS = {"full": full_logits, "chunked": chunked}
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident_bytes(kind: str) -> int:
+    """VmRSS (now) or VmHWM (the peak since the last reset) of this process; Linux."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(kind))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def worker(version: str, tokens: int, hidden: int, vocabulary: int) -> None:
@@ -47,7 +54,8 @@ def worker(version: str, tokens: int, hidden: int, vocabulary: int) -> None:
     head = (torch.randn(vocabulary, hidden) * 0.05).requires_grad_()
     teacher = torch.randn(tokens, hidden).bfloat16()
     teacher_head = (torch.randn(vocabulary, hidden) * 0.05).bfloat16()
-    before = peak_bytes()
+    reset_peak()
+    before = resident_bytes("VmRSS")
     for _ in sys.stdin:
         student.grad = head.grad = None
         start, cpu = time.perf_counter(), time.process_time()
@@ -56,7 +64,7 @@ def worker(version: str, tokens: int, hidden: int, vocabulary: int) -> None:
         result = {
             "seconds": time.perf_counter() - start,
             "cpu_seconds": time.process_time() - cpu,
-            "bytes": peak_bytes() - before,
+            "bytes": resident_bytes("VmHWM") - before,
             "loss": loss.item() / tokens,
         }
         print(json.dumps(result), flush=True)

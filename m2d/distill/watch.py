@@ -4,15 +4,14 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from m2d.distill.processes import agree
 from m2d.errors import UserError
 from m2d.progress import SECONDS_BETWEEN_LINES, say
 
@@ -176,24 +175,6 @@ class Watch(TrainerCallback):
             self.bar.close()
         if self.writer is not None:
             self.writer.close()
-
-
-def agree(flags: list[bool], device: torch.device) -> list[bool]:
-    """Each flag, true if it is true in any process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flags
-    votes = torch.tensor(flags, dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
-    return [bool(vote) for vote in votes.tolist()]
-
-
-def broadcast(make: Callable[[], Any]) -> Any:
-    """make() of the first process, for every process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return make()
-    value = [make() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(value)
-    return value[0]
 
 
 def keep_metrics(metrics: Path, step: int) -> None:

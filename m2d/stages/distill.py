@@ -8,7 +8,6 @@ goes on from its last checkpoint when the same command is given again.
 import argparse
 import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,60 +119,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--tensorboard", type=Path, help="folder for TensorBoard's event files")
 
 
-def start_processes(strategy: str, device: str | None) -> tuple[str, Any]:
-    """Join the other processes, if there are any. Returns the strategy in use and the device."""
-    import torch
-
-    from m2d.models.teacher import pick_device
-
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if strategy == "auto":
-        strategy = "zero2" if processes > 1 else "single"
-    elif strategy == "ddp" and processes == 1:
-        strategy = "single"
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    chosen = pick_device(device)
-    # DeepSpeed is imported by accelerate in any case, and would look for an accelerator aloud.
-    os.environ.setdefault("DS_ACCELERATOR", chosen.type)
-    # torch, accelerate and DeepSpeed warn one another of their coming changes at every step.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    if strategy in ("zero2", "zero3"):
-        if processes == 1:  # DeepSpeed wants a group also for one process
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            for key, value in {**alone, "MASTER_PORT": str(free_port())}.items():
-                os.environ.setdefault(key, value)
-        start_deepspeed(backend)
-    elif processes > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend)
-    return strategy, chosen
-
-
-def start_deepspeed(backend: str) -> None:
-    """DeepSpeed's process group, without its shared-memory extension on CPUs.
-
-    That extension takes a minute to build, needs a compiler, and gives the same losses.
-    """
-    import logging
-
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def make_recipe(args: argparse.Namespace, strategy: str, sequences: int) -> Any:
     """The recipe of the command line; `sequences` are those of the token file."""
     from m2d.distill.trainer import Recipe
@@ -226,18 +171,25 @@ def make_recipe(args: argparse.Namespace, strategy: str, sequences: int) -> Any:
     )
 
 
-def expand_routing(config: Any, top_k: int, where: Path) -> None:
-    """Raise the number of experts per token in a teacher's config, in place."""
-    from m2d.models.families import family_of
+def expand_routing(config: Any, top_k: int, folder: Path) -> None:
+    """Raise the number of routed experts per token in a teacher's config, in place.
 
-    family = family_of(config.model_type, str(where / "config.json"))
-    own, experts = getattr(config, family.top_k), getattr(config, family.num_experts)
-    if not own <= top_k <= experts:
+    Any family will do: its key is found as for a conversion. Routers that first choose groups of
+    experts cannot route to more experts than the chosen groups have.
+    """
+    from m2d.models.teacher import open_teacher
+
+    teacher = open_teacher(folder, config_only=True)
+    most, name = teacher.num_experts, "experts"
+    groups, chosen = (getattr(config, key, None) for key in ("n_group", "topk_group"))
+    if groups and chosen and chosen < groups:
+        most, name = most // groups * chosen, "experts of the groups that its router chooses"
+    if not teacher.top_k <= top_k <= most:
         raise UserError(
-            f"--teacher-top-k {top_k}: must lie between the teacher's own {own} and its {experts} "
-            "experts"
+            f"--teacher-top-k {top_k}: must lie between the teacher's own {teacher.top_k} and its "
+            f"{most} {name}"
         )
-    setattr(config, family.top_k, top_k)
+    setattr(config, teacher.family.top_k, top_k + teacher.shared_in_experts)
 
 
 def open_outputs(args: argparse.Namespace, vocabulary: int) -> Any:
@@ -291,7 +243,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from m2d.distill.data import PackedTokens
-    from m2d.models.teacher import locate, pick_dtype, quiet, read_config
+    from m2d.distill.processes import broadcast, start_processes
+    from m2d.models.teacher import dtype_of, locate, pick_dtype, quiet, read_config
 
     require_absent(args.out)
     student_folder, teacher_folder = locate(args.student), locate(args.teacher)
@@ -316,20 +269,17 @@ def run(args: argparse.Namespace) -> None:
 
     from m2d.distill import result, trainer, watch
 
-    identity = watch.broadcast(
+    identity = broadcast(
         lambda: result.identity(recipe, student_folder, teacher_folder, args.tokens)
     )
-    own_dtype = student_config.dtype
-    own_dtype = own_dtype if isinstance(own_dtype, torch.dtype) else torch.float32
-    teacher_dtype = teacher_config.dtype
-    teacher_dtype = teacher_dtype if isinstance(teacher_dtype, torch.dtype) else torch.float32
+    own_dtype = dtype_of(student_config, student_folder)  # loading changes the config's
     if stored is not None:
         identity["teacher_outputs"] = stored.index
     work = result.work_folder(args.out, identity)
     sample = tokens[0]["input_ids"][None, :16]
     teacher: Any = stored
     if stored is None:
-        dtype = pick_dtype(args.teacher_dtype, teacher_dtype)
+        dtype = pick_dtype(args.teacher_dtype, dtype_of(teacher_config, teacher_folder))
         teacher = load_model(teacher_folder, teacher_config, dtype, device)
         trainer.check_head(teacher, sample, args.teacher)
     student = load_model(student_folder, student_config, torch.float32, device)

@@ -23,7 +23,7 @@ from m2d.distill.outputs import (
     write_shard,
 )
 from m2d.errors import UserError
-from m2d.models.teacher import locate, pick_device, pick_dtype, read_config
+from m2d.models.teacher import dtype_of, locate, pick_device, pick_dtype, read_config
 from m2d.options import add_compute_options, positive
 from m2d.progress import progress, say
 from m2d.stages.distill import expand_routing, load_model
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
         "rows_of_shard": args.rows,
     }
     write_index(args.out, index)
-    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    own = dtype_of(config, folder)
     device = pick_device(args.device)
     first, step = args.part
     mine = list(shard_rows(tokens.sequences, args.rows))[first::step]
