@@ -33,11 +33,13 @@ rule make_tables:
         provenance=lambda wildcards, input: [
             f"{model}/m2d.json" for model in input.models
         ],
+        benchmarks=f"{config['results']}/benchmarks",
         code=code("m2d.stages.tables"),
     shell:
         """
         m2d tables {output} --grid {input.grids} --perplexity {input.perplexities} \
-            --evaluation {input.evaluations} --provenance {params.provenance} 2>{log}
+            --evaluation {input.evaluations} --provenance {params.provenance} \
+            --benchmarks {params.benchmarks} 2>{log}
         """
 
 
@@ -70,8 +72,15 @@ rule draw_figures:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=lambda wildcards, attempt: 10 * attempt,
     params:
-        code=code("m2d.stages.tables"),
+        provenance=lambda wildcards, input: [
+            f"{model}/m2d.json" for model in input.models
+        ],
+        metrics=lambda wildcards: metrics_of(wildcards.pipeline),
+        code=code("m2d.stages.figures"),
     shell:
         """
-        m2d figures {output} 2>{log}
+        m2d figures {output} --grid {input.grids} --perplexity {input.perplexities} \
+            --evaluation {input.evaluations} --provenance {params.provenance} \
+            --statistics {input.statistics} --gram {input.gram} \
+            --metrics {params.metrics} 2>{log}
         """
