@@ -27,6 +27,7 @@ COMMANDS = {
     "perplexity": ("m2d.stages.perplexity", "perplexity of a teacher or student"),
     "distill": ("m2d.stages.distill", "train a student on its teacher's outputs"),
     "evaluate": ("m2d.stages.evaluate", "score a model on one lm-eval task"),
+    "card": ("m2d.stages.card", "renew a student's model card with its scores"),
     "tables": ("m2d.stages.tables", "gather results into tables"),
     "figures": ("m2d.stages.figures", "draw the figures of the tables"),
     "demo": ("m2d.demo_command", "the demo corpus and teacher"),
