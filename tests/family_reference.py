@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from m2d.models.families import Family
 
+SIGMOID_ROUTERS = {"deepseek_v3", "glm4_moe"}
+
 
 @dataclass
 class Block:
@@ -66,7 +68,7 @@ def stock_blocks(model: nn.Module, family: Family, ids: Tensor) -> dict[int, Blo
             experts(hidden, torch.full((len(hidden), 1), e), torch.ones(len(hidden), 1))
             for e in range(count)
         ]
-        sigmoid = family.probabilities == "sigmoid"
+        sigmoid = family.model_type in SIGMOID_ROUTERS
         blocks[index] = Block(
             hidden=hidden,
             output=output,

@@ -91,7 +91,7 @@ def randomise(model: torch.nn.Module) -> None:
     """Make everything matter: norms, biases, sinks, correction biases."""
     generator = torch.Generator().manual_seed(7)
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.dim() <= 1:
+        if tensor.is_floating_point() and (tensor.dim() <= 1 or name.endswith("bias")):
             noise = torch.randn(tensor.shape, generator=generator) * 0.2
             tensor.add_(noise.to(tensor.dtype))
         elif name.endswith(("gate.weight", "router.weight")):

@@ -289,15 +289,19 @@ class StudentTensors:
         """gate_proj or up_proj [width, H], down_proj [H, width], or a .bias of one."""
 
         def read(expert: int) -> Tensor:
-            return self.read(self._of_expert(layer.layer, expert, part))
+            tensor = self.read(self._of_expert(layer.layer, expert, part))
+            wider = self.dtype is not None and self.dtype.itemsize > tensor.dtype.itemsize
+            return tensor.to(self.dtype) if wider else tensor  # so that nothing is rounded twice
 
         weight = self.family.one_expert_weight
         if part == "down_proj.bias":
             return merge_down_bias(read, layer, weight)
         shared = [self.read(name) for name in self._shared(layer.layer, part)]
         if part == "down_proj":
-            return torch.cat([merge_down(read, layer, weight), *shared], dim=1)
-        return torch.cat([merge_gate_or_up(read, layer), *shared])
+            merged = merge_down(read, layer, weight)
+            return torch.cat([merged, *(tensor.to(merged.dtype) for tensor in shared)], dim=1)
+        merged = merge_gate_or_up(read, layer)
+        return torch.cat([merged, *(tensor.to(merged.dtype) for tensor in shared)])
 
     def _shared(self, layer: int, part: str) -> list[str]:
         """Canonical names of what shared experts add to a dense student's FFN."""
