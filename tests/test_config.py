@@ -67,7 +67,7 @@ def test_paper_scale(original: dict[str, Any]) -> None:
         ("recipes.demo.learning_rate", 0, "recipes.demo.learning_rate: 0 is less than or equal"),
         ("recipes.demo.decay", "lineer", "recipes.demo.decay: unknown value 'lineer'; did you mean "
          "linear? allowed: linear, cosine, 1-sqrt"),
-        ("recipes.demo.warmup_steps", 99, "recipes.demo.steps: 100 is less than"),
+        ("recipes.demo.warmup_steps", 79, "recipes.demo.steps: 80 is less than"),
         ("recipes.demo.min_learning_rate", 1, "recipes.demo.min_learning_rate: 1 is more than"),
         ("recipes.paper-4b.gpus", 7, "paper-4b.batch: 384 is not a multiple of device_batch times"),
         ("students.do-acp-k4.scoring", "DO-APC", "students.do-acp-k4.scoring: unknown scoring "
