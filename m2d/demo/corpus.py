@@ -307,11 +307,12 @@ def build_corpus() -> list[Document]:
 def write_corpus(folder: Path) -> None:
     """Write `train.jsonl`, `calibration.jsonl` and `test.jsonl` into a new folder.
 
-    One JSON object per line: {"text", "domain", "name"}. The folder appears when it is complete.
+    One JSON object per line: {"text", "domain", "name"}, in an order that mixes the domains, so
+    that the beginning of a file stands for all of it. The folder appears when it is complete.
     Raises UserError if it exists.
     """
     require_absent(folder)
-    documents = build_corpus()
+    documents = sorted(build_corpus(), key=lambda document: _digest(document.name))
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         for split in SPLITS:
