@@ -10,14 +10,17 @@ the distillation's. Writes the measurements, a table and a figure; the document 
 import argparse
 import json
 import math
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from closed_form_report import write_report
 from torch import Tensor
 
 from m2d.choose.neuron_statistics import NeuronStatistics, neuron_plan
@@ -37,7 +40,7 @@ from m2d.stages.refit import refit, refit_record, write_refitted
 
 CPU = torch.device("cpu")
 LENGTH, BATCH = 256, 16
-WARM_UP = 8  # steps of distillation
+WARM_UP = 4  # steps of distillation
 
 
 @dataclass(frozen=True)
@@ -171,13 +174,14 @@ def distill(
 
 
 def run_seed(args: argparse.Namespace, seed: int, data: dict[str, Tensor]) -> dict[str, Any]:
-    """Every variant with one seed."""
+    """Every variant with one seed, in a process of one thread."""
+    torch.set_num_threads(1)
     pool = data["calibration"]
     chosen = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
     calibration = pool[chosen[: args.calibration_sequences]]
     states = TeacherStates(args.teacher)
     rows: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with quiet(), tempfile.TemporaryDirectory() as scratch:
         students: dict[str, tuple[Path, float]] = {}
         for name, plan, seconds in plans(args.teacher, calibration):
             out = write_student(open_teacher(args.teacher), plan, Path(scratch) / name)
@@ -231,35 +235,29 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=Path("docs/closed-form.md"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calibration-sequences", type=int, default=128)
-    parser.add_argument("--test-sequences", type=int, default=48)
+    parser.add_argument("--test-sequences", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8, help="sequences of a distillation step")
-    parser.add_argument("--points", type=int, nargs="+", default=[8, 16, 32, 64, 128])
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further seed after")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--points", type=int, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--processes", type=int, default=2, help="seeds at a time")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    start = time.monotonic()
     with quiet():
         data = read_data(args)
         teacher = perplexity(load_dense(args.teacher, torch.float32, CPU), data["test"])
-        print(f"teacher: {teacher:.2f}", flush=True)
-        seeds = []
-        for seed in range(args.seeds):
-            if (time.monotonic() - start) / 60 > args.minutes:
-                break
-            seeds.append(run_seed(args, seed, data))
-            found = {"teacher_perplexity": teacher, "settings": settings(args), "seeds": seeds}
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    from closed_form_report import write_report
-
+    print(f"teacher: {teacher:.2f}", flush=True)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool:
+        waiting = [pool.submit(run_seed, args, seed, data) for seed in range(args.seeds)]
+        seeds = [future.result() for future in waiting]
+    found = {"teacher_perplexity": teacher, "settings": settings(args), "seeds": seeds}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     write_report(args.out, args.document)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("calibration_sequences", "test_sequences", "batch", "points", "learning_rate")
-    return {**{name: getattr(args, name) for name in (*names, "threads")}, "length": LENGTH}
+    return {**{name: getattr(args, name) for name in names}, "length": LENGTH}
 
 
 if __name__ == "__main__":

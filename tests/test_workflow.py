@@ -243,6 +243,21 @@ def test_best_students_follow_the_grid(project: Path, stub: Path) -> None:
     assert not [job for job in jobs if students[1] in job]
 
 
+def test_refit_lies_between_merging_and_distilling(project: Path, stub: Path) -> None:
+    jobs = jobs_of(snakemake(project, "all_solved", stub=stub).stdout)
+    student = project / "results/tiny/students/solved"
+    for name in ("merged", "refit", "short"):
+        assert (student / name / "m2d.json").is_file()
+        assert f"measure_student student=solved variant={name}" in jobs
+    assert NOTHING in snakemake(project, "--dry-run", "all_solved").stdout
+    change_config(project, "students", "solved", refit="sequential")
+    jobs = jobs_of(snakemake(project, "--dry-run", "all_solved", stub=stub).stdout)
+    assert {"refit_student student=solved", "distill_student recipe=short student=solved"} <= set(
+        jobs
+    )
+    assert "merge_student student=solved" not in jobs
+
+
 def test_killed_run_resumes(project: Path, stub: Path, run: Callable) -> None:
     edit_function(project / SCORING, "selection_freq", other_ranking)
     process = subprocess.Popen(

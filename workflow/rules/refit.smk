@@ -1,0 +1,35 @@
+# Refit: a student's down projections solved anew in closed form, where the config asks for it.
+# in:  a teacher, <results>/{teacher}/students/{student}/merged/, tokens/calibration.safetensors
+# out: <results>/{teacher}/students/{student}/refit/
+
+
+rule refit_student:
+    """Solve one student's down projections."""
+    input:
+        student="<results>/{teacher}/students/{student}/merged",
+        tokens="<results>/{teacher}/tokens/calibration.safetensors",
+        choice=choice_of,
+        teacher=teacher_files,
+    output:
+        directory("<results>/{teacher}/students/{student}/refit"),
+    log:
+        "<logs>/refit_student/{teacher}/{student}.log",
+    benchmark:
+        "<benchmarks>/refit_student/{teacher}/{student}.tsv"
+    conda:
+        "../envs/m2d.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=memory,
+        runtime=minutes,
+    params:
+        model=lambda wildcards: teacher_of(wildcards)["model"],
+        variant=lambda wildcards: refit_of(wildcards.student),
+        options=compute_options,
+        code=code("m2d.stages.refit"),
+    shell:
+        """
+        m2d refit {input.student} {params.model} {output} --calibration {input.tokens} \
+            --variant {params.variant} {params.options} 2>{log}
+        """
