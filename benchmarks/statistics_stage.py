@@ -46,7 +46,7 @@ def against_loaded(folder: Path) -> None:
         "streamed statistics / loaded forward",
         times["streamed"] / times["loaded"],
         "<= 1.1",
-        f"2 layers of Qwen3-30B-A3B's shape, {tokens.numel()} tokens, loading included in both, the "
+        f"2 layers of Qwen3-30B-A3B's shape, {tokens.numel()} tokens, both with loading; the "
         "loaded model with its grouped_mm experts and no statistics; medians of 3 in turns",
         seconds={name: round(value, 2) for name, value in times.items()},
     )

@@ -26,6 +26,7 @@ COMMANDS = {
     "refit": ("m2d.stages.refit", "solve a student's down projections in closed form"),
     "perplexity": ("m2d.stages.perplexity", "perplexity of a teacher or student"),
     "distill": ("m2d.stages.distill", "train a student on its teacher's outputs"),
+    "outputs": ("m2d.stages.outputs", "store a teacher's outputs for many distillations"),
     "evaluate": ("m2d.stages.evaluate", "score a model on one lm-eval task"),
     "card": ("m2d.stages.card", "renew a student's model card with its scores"),
     "tables": ("m2d.stages.tables", "gather results into tables"),

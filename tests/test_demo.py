@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +74,15 @@ def test_corpus_files_are_the_same_in_another_process(
     assert {path.name for path in out.iterdir()} == {f"{s}.jsonl" for s in corpus.SPLITS}
     for split in corpus.SPLITS:
         lines = (out / f"{split}.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in lines] == [
+        found = [json.loads(line) for line in lines]
+        expected = [
             {"text": d.text, "domain": d.domain, "name": d.name}
             for d in documents
             if d.split == split
         ]
+        assert sorted(found, key=itemgetter("name")) == sorted(expected, key=itemgetter("name"))
+        # Whoever reads the beginning of a file sees every domain.
+        assert {line["domain"] for line in found[:30]} >= set(DOMAINS) or len(found) < 30
 
 
 def test_deduplicate_on_a_constructed_example() -> None:
