@@ -14,7 +14,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,11 +248,13 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool:
         waiting = [pool.submit(run_seed, args, seed, data) for seed in range(args.seeds)]
-        seeds = [future.result() for future in waiting]
-    found = {"teacher_perplexity": teacher, "settings": settings(args), "seeds": seeds}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    write_report(args.out, args.document)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        seeds = []
+        for future in as_completed(waiting):  # what is done is kept, should the rest be stopped
+            seeds.append(future.result())
+            found = {"teacher_perplexity": teacher, "settings": settings(args), "seeds": seeds}
+            args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            write_report(args.out, args.document)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
