@@ -27,8 +27,9 @@ from m2d.tokens import read_tokens
 
 # Memory that a chunk of tokens may take: all experts' outputs, and float32 copies of a part.
 CHUNK_BYTES = 400_000_000
-COLUMNS_AT_ONCE = 65_536  # columns of the outputs that are widened to float32 at a time
-BLOCK_ROWS = 32  # rows of one block of the upper triangle
+COLUMNS_AT_ONCE = 16_384  # columns of the outputs that are widened to float32 at a time
+# Rows of one block of the upper triangle: in smaller ones the products cost more than is saved.
+BLOCK_ROWS = 64
 
 
 def inner_products(rows: Tensor) -> Tensor:
@@ -41,10 +42,14 @@ def inner_products(rows: Tensor) -> Tensor:
     total = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     with _exact_low_precision_products(rows):
+        # One buffer for all parts: fresh memory for each would cost more than the products.
+        buffer = rows.new_empty(count, min(columns, COLUMNS_AT_ONCE), dtype=wide)
+        step = -(-count // max(1, count // BLOCK_ROWS))
         for start in range(0, columns, COLUMNS_AT_ONCE):
-            part = rows[:, start : start + COLUMNS_AT_ONCE].to(wide)
-            for top in range(0, count, BLOCK_ROWS):
-                total[top : top + BLOCK_ROWS, top:] += part[top : top + BLOCK_ROWS] @ part[top:].T
+            part = buffer[:, : min(COLUMNS_AT_ONCE, columns - start)]
+            part.copy_(rows[:, start : start + COLUMNS_AT_ONCE])
+            for top in range(0, count, step):
+                total[top : top + step, top:] += part[top : top + step] @ part[top:].T
     upper = total.triu()
     return upper + upper.triu(1).T
 
@@ -82,6 +87,7 @@ class GramTotals:
         self.sums: dict[int, Tensor] = {}  # float64 [E + 1, E + 1]: the experts and, last, y
         self.weights: dict[int, tuple[Tensor, Tensor]] = {}
         self.tokens: dict[int, int] = {}
+        self.outputs = torch.empty(0)  # reused: fresh memory for every chunk would cost a third
 
     def visit(
         self,
@@ -98,9 +104,13 @@ class GramTotals:
             self.sums[layer] = torch.zeros(count + 1, count + 1, dtype=torch.float64)
             self.weights[layer] = (weight_gram(experts), router_gram(router))
             self.tokens[layer] = 0
-        for chunk in torch.arange(len(hidden)).split(chunk_tokens(experts, hidden)):
-            rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
-            outputs = every_expert(experts, hidden[rows])
+        size = chunk_tokens(experts, hidden)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            shape = (experts.num_experts + 1, *hidden[rows].shape)
+            if self.outputs.shape != shape or self.outputs.dtype != hidden.dtype:
+                self.outputs = hidden.new_empty(shape)
+            outputs = every_expert(experts, hidden[rows], self.outputs)
             outputs[-1] = routed_output(outputs, index[rows], weights[rows])
             self.sums[layer] += inner_products(outputs.flatten(1)).cpu()
         self.tokens[layer] += len(hidden)
@@ -121,9 +131,8 @@ class GramTotals:
         )
 
 
-def every_expert(experts: StackedExperts, hidden: Tensor) -> Tensor:
-    """f_e(x) of every expert on every token, and one free row at the end: [E + 1, N, H]."""
-    outputs = hidden.new_empty(experts.num_experts + 1, *hidden.shape)
+def every_expert(experts: StackedExperts, hidden: Tensor, outputs: Tensor) -> Tensor:
+    """f_e(x) of every expert on every token [N, H], into the first E of outputs [E + 1, N, H]."""
     for expert in range(experts.num_experts):
         inner, down = experts.inner(expert, hidden), experts.down_proj[expert].T
         if experts.down_bias is None:
