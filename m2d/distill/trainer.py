@@ -21,7 +21,6 @@ from m2d.distill.loss import Head, distillation_loss, stored_loss
 from m2d.distill.outputs import StoredOutputs
 from m2d.errors import UserError
 
-STRATEGIES = ("auto", "single", "ddp", "zero2", "zero3")
 KEPT_CHECKPOINTS = 2
 WEIGHTS = "student.pt"
 

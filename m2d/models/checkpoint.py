@@ -18,7 +18,7 @@ import torch
 
 from m2d.artifacts import read_json
 from m2d.errors import UserError
-from m2d.models.entries import CODES, AnyEntry, Derived, Entry, fill, read_entry, read_header
+from m2d.models.entries import CODES, AnyEntry, Entry, read_entry, read_header
 from m2d.models.families import known_family
 from m2d.models.layouts import canonical
 
@@ -62,19 +62,6 @@ class Checkpoint:
         A quantised tensor comes in the config's dtype.
         """
         return read_entry(self.entry(name), name)
-
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Read into `out`, contiguous, of the same dtype and shape."""
-        entry = self.entry(name)
-        if out.dtype != entry.dtype or tuple(out.shape) != entry.shape:
-            raise UserError(
-                f"{entry.file}: {name} is {CODES[entry.dtype]} {list(entry.shape)}, "
-                f"but the config implies {CODES[out.dtype]} {list(out.shape)}"
-            )
-        if isinstance(entry, Derived):
-            out.copy_(read_entry(entry, name))
-        else:
-            fill(entry, name, out)
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from m2d.errors import UserError
-
 
 @dataclass(frozen=True)
 class Of:
@@ -101,11 +99,6 @@ class Family:
     def down_proj(self) -> str:
         """Canonical tensor name, [H, I]."""
         return self._expert("down_proj.weight")
-
-    @property
-    def router_weight(self) -> str:
-        """Canonical tensor name, [E, H]."""
-        return f"{self.layers}.{{layer}}.{self.router}.weight"
 
     @property
     def dense_gate_proj(self) -> str:
@@ -308,17 +301,6 @@ DESCRIBED: dict[str, Family] = {}
 def known_family(model_type: str) -> Family | None:
     """The entry of a model_type, or its description if it was opened in this process."""
     return FAMILIES.get(model_type) or DESCRIBED.get(model_type)
-
-
-def family_of(model_type: str, where: str) -> Family:
-    """The family of a config's model_type, or a UserError that lists what is known."""
-    family = known_family(model_type)
-    if family is None:
-        raise UserError(
-            f"{where}: model_type {model_type!r} is not a Mixture-of-Experts family that m2d "
-            f"knows; known: {', '.join(sorted(FAMILIES))}"
-        )
-    return family
 
 
 def expert_pattern(family: Family) -> re.Pattern[str]:
