@@ -21,7 +21,6 @@ COMMANDS = {
     "rank": ("m2d.stages.rank", "order the experts of every layer by one scoring method"),
     "grid": ("m2d.stages.grid", "perplexity of every configuration of one scoring method"),
     "neurons": ("m2d.stages.neurons", "what every single neuron contributes"),
-    "plan": ("m2d.stages.plan", "choose single neurons, for a student of any width"),
     "merge": ("m2d.stages.merge", "write one student"),
     "refit": ("m2d.stages.refit", "solve a student's down projections in closed form"),
     "perplexity": ("m2d.stages.perplexity", "perplexity of a teacher or student"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from m2d.artifacts import require_absent, sha256_of
 from m2d.choose.inputs import LayerStatistics
 from m2d.choose.names import DEFAULTS, identifiers, resolve
-from m2d.choose.neuron_statistics import neuron_plan
+from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.plan import Plan, check_keep, make_plan
 from m2d.choose.scoring import SCORINGS
 from m2d.errors import UserError
@@ -23,10 +23,10 @@ from m2d.stages.calibrate import add_text_options, tokens_from
 from m2d.stages.gram import GramTotals
 from m2d.stages.merge import write_student
 from m2d.stages.neurons import collect
-from m2d.stages.plan import add_width_options, chosen_width
-from m2d.stages.refit import VARIANTS, refit_record, write_refitted
+from m2d.stages.refit import VARIANTS, WEIGHTINGS, refit_record, write_refitted
 from m2d.stages.refit import refit as refit_student
 from m2d.stages.stats import RoutingTotals
+from m2d.stages.widths import add_width_options, chosen_width
 from m2d.tokens import read_tokens
 
 GRANULARITIES = ("experts", "neurons")
@@ -41,9 +41,11 @@ def convert(
     scaling: str = DEFAULTS["scaling"],
     keep: int | None = None,
     granularity: str = "experts",
+    choice: str = CHOICES[0],
     width: int | None = None,
     params: int | None = None,
     refit: str | None = None,
+    weighting: str = WEIGHTINGS[0],
     text: Sequence[str | Path] | None = None,
     calibration: str | Path | None = None,
     dataset: str | None = None,
@@ -58,9 +60,10 @@ def convert(
     teacher: a local folder or a hub id. out: must not exist, or be empty.
     scoring, grouping, scaling: identifiers or the paper's terms. keep: K, experts kept in each
     layer; the router's top-k by default, which copies them exactly.
-    granularity: "experts", or "neurons" to keep single neurons of all experts instead: `width` of a
-    layer, or as many as a student of `params` parameters has (default: the width of the router's
-    top-k). refit: "layer" or "sequential" to solve the down projections anew (docs/closed-form.md).
+    granularity: "experts", or "neurons" to keep single neurons of all experts instead, by `choice`
+    "contribution" or "greedy": `width` of a layer, or as many as a student of `params` parameters
+    has (default: the width of the router's top-k). refit: "layer" or "sequential" to solve the down
+    projections anew, with the tokens' `weighting` "equal" or "relative" (docs/closed-form.md).
     One of text (files), calibration (a token file) or dataset (NAME[:SPLIT[:COLUMN]]) gives the
     calibration tokens; sequences and length say how many, for text and dataset.
     dtype: of the computation and of the student; the checkpoint's by default.
@@ -69,8 +72,14 @@ def convert(
     """
     if sum(source is not None for source in (text, calibration, dataset)) != 1:
         raise UserError("give one of text, calibration, dataset as the calibration data")
-    if refit not in (None, *VARIANTS):
-        raise UserError(f"unknown refit {refit!r}; known: {', '.join(VARIANTS)}")
+    for kind, value, known in (
+        ("refit", refit or VARIANTS[0], VARIANTS),
+        ("weighting", weighting, WEIGHTINGS),
+        ("granularity", granularity, GRANULARITIES),
+        ("choice", choice, CHOICES),
+    ):
+        if value not in known:
+            raise UserError(f"unknown {kind} {value!r}; known: {', '.join(known)}")
     methods = {
         "scoring": resolve("scoring", scoring),
         "grouping": resolve("grouping", grouping),
@@ -91,8 +100,9 @@ def convert(
         raise UserError("--refit needs at least 2 sequences: some to fit, some to hold out")
     stream = StreamedTeacher(opened, compute_dtype, chosen_device)
     if granularity == "neurons":
-        layers = collect(stream, tokens, batch)
-        plan = neuron_plan(layers, chosen_width(opened, width, params))
+        neurons = chosen_width(opened, width, params)
+        layers = collect(stream, tokens, batch, neurons if choice == "greedy" else None)
+        plan = neuron_plan(layers, neurons, choice)
     else:
         plan = plan_of_experts(stream, tokens, batch, keep or opened.top_k, **methods)
     about = {"source": source, "sequences": tokens.shape[0], "length": tokens.shape[1]}
@@ -109,9 +119,10 @@ def convert(
         fresh = open_teacher(opened.folder)  # the stream took the other's layers apart
         fresh.name = opened.name
         found = refit_student(
-            fresh, merged, tokens, refit, dtype=compute_dtype, device=chosen_device, batch=batch
-        )
-        about_refit = refit_record(refit, tokens, found, compute_dtype)
+            fresh, merged, tokens, refit, weighting=weighting,
+            dtype=compute_dtype, device=chosen_device, batch=batch,
+        )  # fmt: skip
+        about_refit = refit_record(refit, tokens, found, compute_dtype, weighting)
         return write_refitted(merged, out, opened.family, found, about_refit)
 
 
@@ -119,8 +130,6 @@ def check_size(
     teacher: Teacher, granularity: str, keep: int | None, width: int | None, params: int | None
 ) -> None:
     """Raises UserError unless these options go together and fit the teacher."""
-    if granularity not in GRANULARITIES:
-        raise UserError(f"unknown granularity {granularity!r}; known: {', '.join(GRANULARITIES)}")
     if granularity == "neurons":
         if keep is not None:
             raise UserError("--keep counts experts; with --granularity neurons give --width")
@@ -179,9 +188,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--granularity", choices=GRANULARITIES, default="experts", help="what is kept (experts)"
     )
+    parser.add_argument(
+        "--choice", choices=CHOICES, default=CHOICES[0], help="of single neurons (%(default)s)"
+    )
     add_width_options(parser)
     parser.add_argument(
         "--refit", choices=VARIANTS, help="solve the down projections anew in closed form"
+    )
+    parser.add_argument(
+        "--weighting", choices=WEIGHTINGS, default=WEIGHTINGS[0], help="of a refit's tokens (equal)"
     )
     source = add_text_options(parser)
     source.add_argument("--calibration", metavar="FILE", help="token file from m2d calibrate")

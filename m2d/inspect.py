@@ -4,13 +4,12 @@ import argparse
 import json
 from typing import Any
 
-from m2d.models.student import student_width
+from m2d.models.student import build_student_skeleton, student_width
 from m2d.models.teacher import Teacher, count_parameters, layers_of, open_teacher
 from m2d.options import positive
 from m2d.stages.gram import CHUNK_BYTES
 from m2d.stages.grid import paper_keeps
-from m2d.stages.merge import build_student_skeleton
-from m2d.stages.plan import add_width_options, chosen_width
+from m2d.stages.widths import add_width_options, chosen_width
 
 # The interpreter and its libraries.
 BASE_BYTES = 600_000_000

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import m2d
+from m2d.artifacts import sha256_of
 from m2d.cli import main
 from m2d.errors import UserError
 from m2d.inspect import inspect
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import count_parameters, open_teacher
 from m2d.stages.neurons import collect, read_neurons, write_neurons
-from m2d.stages.plan import number_of_parameters, parameters_of, width_for
+from m2d.stages.widths import number_of_parameters, parameters_of, width_for
 from m2d.tokens import write_tokens
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(3))
@@ -112,18 +113,22 @@ def test_stages_write_the_student_of_these_neurons(
     write_tokens(tmp_path / "tokens.safetensors", TOKENS, {"source": "random"})
     teacher, tokens = str(tiny_teacher), str(tmp_path / "tokens.safetensors")
     calls = [
-        ["neurons", teacher, "n.safetensors", "--calibration", tokens, "--greedy", "40"],
-        ["plan", teacher, "p.json", "--neurons", "n.safetensors", "--width", "40"],
-        ["merge", teacher, "s", "--plan", "p.json"],
+        ["neurons", teacher, "n.safetensors", "--calibration", tokens],
+        ["merge", teacher, "s", "--neurons", "n.safetensors", "--width", "40"],
+        ["merge", teacher, "again", "--plan", "s/plan.json"],
     ]
+    calls[0] += ["--choice", "greedy", "--width", "40"]
     calls[1] += ["--choice", choice]
-    here = {"n.safetensors", "p.json", "s"}
+    here = {"n.safetensors", "s", "again", "s/plan.json"}
     for call in calls:
         words = [str(tmp_path / word) if word in here else word for word in call]
         assert main(words) == 0, call
     plan = json.loads((tmp_path / "s/plan.json").read_text())
     assert plan["keep"] is None
     original = load_file(tiny_teacher / "model.safetensors")
+    assert sha256_of(tmp_path / "again/model.safetensors") == sha256_of(
+        tmp_path / "s/model.safetensors"
+    )
     student = load_file(tmp_path / "s/model.safetensors")
     assert json.loads((tmp_path / "s/config.json").read_text())["intermediate_size"] == 40
     layers, _ = read_neurons(tmp_path / "n.safetensors")
@@ -143,6 +148,43 @@ def test_stages_write_the_student_of_these_neurons(
                 torch.testing.assert_close(student[f"{ours}down_proj.weight"][:, column], down)
                 column += 1
         assert column == 40
+
+
+def test_options_of_merge_that_do_not_go_together(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = {
+        ("--neurons", "n", "--keep", "4"): "--keep: does not go with --neurons",
+        ("--plan", "p", "--width", "8"): "--width: does not go with --plan",
+        ("--ranking", "r", "--width", "8"): "missing --statistics, --gram, --grouping",
+        ("--width", "8"): "missing --ranking",
+        ("--neurons", "n", "--width", "8", "--params", "1B"): "give one of --width and --params",
+        ("--neurons", str(tmp_path / "none")): "not a neuron statistics file",
+    }
+    for options, message in cases.items():
+        assert main(["merge", str(tiny_teacher), str(tmp_path / "s"), *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+    call = ["neurons", str(tiny_teacher), str(tmp_path / "n"), "--calibration", "c"]
+    assert main([*call, "--width", "8"]) == 2
+    assert "--width: is of use with --choice greedy alone" in capsys.readouterr().err
+
+
+def test_greedy_neurons_in_one_call_are_those_of_the_stages(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    write_tokens(tmp_path / "tokens.safetensors", TOKENS, {"source": "random"})
+    tokens = str(tmp_path / "tokens.safetensors")
+    out = m2d.convert(
+        tiny_teacher, tmp_path / "s", calibration=tokens, dtype="float32",
+        granularity="neurons", choice="greedy", width=40, refit="layer", weighting="relative",
+    )  # fmt: skip
+    layers = collect(stream_of(tiny_teacher), TOKENS, 8, greedy=40)
+    plan = json.loads((out / "plan.json").read_text())
+    for layer, found in zip(layers, plan["layers"], strict=True):
+        kept = {(g["experts"][0], n) for g in found["groups"] for n in g["neurons"]}
+        assert kept == {tuple(pair) for pair in layer.neurons(40, "greedy").tolist()}
+    assert json.loads((out / "m2d.json").read_text())["refit"]["weighting"] == "relative"
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "gpt_oss", "qwen2_moe", "emo"])

@@ -42,7 +42,7 @@ class NeuronStatistics:
             given = 0 if self.greedy is None else len(self.greedy)
             raise UserError(
                 f"the statistics have {given} neurons in greedy order, not {width}; run m2d "
-                f"neurons with --greedy {width}"
+                f"neurons with --choice greedy --width {width}"
             )
         check_width(width, len(self.greedy))
         return self.greedy[:width]

@@ -19,7 +19,7 @@ from m2d.choose.plan import Group, LayerPlan, Plan
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family, Of, dense_pattern
-from m2d.models.teacher import Teacher
+from m2d.models.teacher import Teacher, make_skeleton
 
 # Of a teacher's config.json, never a student's: custom code, paths, how the weights were packed.
 NEVER_INHERITED = {"auto_map", "_name_or_path", "quantization_config", "transformers_version"}
@@ -59,6 +59,15 @@ def student_config(teacher: Teacher, width: int) -> dict[str, Any]:
     if family.student_model_type == family.model_type:
         return raw
     return raw | _unlike_defaults(raw, teacher.config, {*dropped, *changes})
+
+
+def build_student_skeleton(
+    teacher: Teacher, plan_width: int
+) -> tuple[dict[str, Any], torch.nn.Module]:
+    """The student's config.json and its stock class on the meta device."""
+    raw = student_config(teacher, student_width(teacher, plan_width))
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    return raw, make_skeleton(config, teacher.folder)
 
 
 def set_key(raw: dict[str, Any], kind: type[PretrainedConfig], key: str, value: Any) -> None:

@@ -23,11 +23,10 @@ from m2d.choose.plan import Plan, check_keep, make_plan
 from m2d.choose.ranking import rankings_from_dict
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
-from m2d.models.student import StudentTensors, stored_shapes
+from m2d.models.student import StudentTensors, build_student_skeleton, stored_shapes
 from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options
 from m2d.progress import progress, say
-from m2d.stages.merge import build_student_skeleton
 from m2d.stages.perplexity import loaded_nll, make_result
 from m2d.statistics import read_layers
 from m2d.tokens import read_tokens

@@ -17,22 +17,18 @@ import torch
 from m2d import __version__
 from m2d.artifacts import atomic_path, read_json, require_absent, sha256_of
 from m2d.choose.names import identifiers, resolve
+from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.plan import Plan, check_keep, make_plan, plan_from_dict
 from m2d.choose.ranking import rankings_from_dict
 from m2d.errors import UserError
 from m2d.model_card import model_card
 from m2d.models.checkpoint import Checkpoint, write_checkpoint
-from m2d.models.student import StudentTensors, stored_shapes, student_config, student_width
-from m2d.models.teacher import (
-    CONFIG_MAPPING,
-    Teacher,
-    count_parameters,
-    make_skeleton,
-    open_teacher,
-    pick_dtype,
-)
+from m2d.models.student import StudentTensors, build_student_skeleton, stored_shapes
+from m2d.models.teacher import Teacher, count_parameters, open_teacher, pick_dtype
 from m2d.options import DTYPES, positive
 from m2d.progress import progress, say
+from m2d.stages.neurons import read_neurons
+from m2d.stages.widths import add_width_options, chosen_width
 from m2d.statistics import read_layers
 
 TOKENIZER_FILES = (
@@ -46,15 +42,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-
-def build_student_skeleton(
-    teacher: Teacher, plan_width: int
-) -> tuple[dict[str, Any], torch.nn.Module]:
-    """The student's config.json and its stock class on the meta device."""
-    raw = student_config(teacher, student_width(teacher, plan_width))
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    return raw, make_skeleton(config, teacher.folder)
 
 
 def plan_width(teacher: Teacher, plan: Plan) -> int:
@@ -176,39 +163,75 @@ def plan_from_files(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id")
     parser.add_argument("out", type=Path, help="the folder to write")
-    parser.add_argument("--plan", help="a plan.json; in place of the six options that make one")
-    parser.add_argument("--statistics", help="file from m2d stats")
-    parser.add_argument("--gram", help="file from m2d gram")
-    parser.add_argument("--ranking", help="file from m2d rank")
-    parser.add_argument("--grouping", help=f"one of {', '.join(identifiers('grouping'))}")
-    parser.add_argument("--scaling", help=f"one of {', '.join(identifiers('scaling'))}")
-    parser.add_argument("--keep", type=positive, help="experts to keep in each layer, K")
+    experts = parser.add_argument_group("a student of whole experts (all six)")
+    experts.add_argument("--statistics", help="file from m2d stats")
+    experts.add_argument("--gram", help="file from m2d gram")
+    experts.add_argument("--ranking", help="file from m2d rank")
+    experts.add_argument("--grouping", help=f"one of {', '.join(identifiers('grouping'))}")
+    experts.add_argument("--scaling", help=f"one of {', '.join(identifiers('scaling'))}")
+    experts.add_argument("--keep", type=positive, help="experts to keep in each layer, K")
+    neurons = parser.add_argument_group("a student of single neurons")
+    neurons.add_argument("--neurons", help="file from m2d neurons")
+    neurons.add_argument("--choice", choices=CHOICES, help="(default: contribution)")
+    add_width_options(neurons)
+    again = parser.add_argument_group("a student made before")
+    again.add_argument("--plan", help="its plan.json")
     parser.add_argument("--dtype", choices=DTYPES, help="of the student (default: as on disk)")
 
 
-def main(args: argparse.Namespace) -> None:
-    require_absent(args.out)
-    teacher = open_teacher(args.teacher)
-    names = ("statistics", "gram", "ranking", "grouping", "scaling", "keep")
-    given = {name: getattr(args, name) for name in names}
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if args.plan and len(missing) < len(names):
-        raise UserError("--plan stands alone; leave the options that make a plan away")
-    if not args.plan and missing:
-        raise UserError(f"missing {', '.join(missing)}; or give --plan")
-    if args.plan:
+# The option that says which kind of student, and those that belong to it; `+` for must be given.
+OPTIONS = {
+    "plan": (),
+    "neurons": ("choice", "width", "params"),
+    "ranking": ("statistics+", "gram+", "grouping+", "scaling+", "keep+"),
+}
+
+
+def check_options(args: argparse.Namespace) -> str:
+    """The kind of student, a key of OPTIONS. Raises UserError where options do not go together."""
+    given = {name for name in vars(args) if getattr(args, name) is not None}
+    kind = next((kind for kind in OPTIONS if kind in given), "ranking")
+    needed = [kind, *(name[:-1] for name in OPTIONS[kind] if name.endswith("+"))]
+    if missing := [f"--{name}" for name in needed if name not in given]:
+        raise UserError(f"missing {', '.join(missing)}; or give --neurons or --plan")
+    for other, names in OPTIONS.items():
+        for name in (other, *(name.rstrip("+") for name in names)):
+            if other != kind and name in given:
+                raise UserError(f"--{name}: does not go with --{kind}; give one or the other")
+    return kind
+
+
+def plan_of(args: argparse.Namespace, teacher: Teacher) -> tuple[Plan, dict[str, str]]:
+    """The plan that the options ask for, and the digests of the files that it comes from."""
+    kind = check_options(args)
+    if kind == "plan":
         plan = plan_from_dict(
             read_json(args.plan),
             num_experts=teacher.num_experts,
             expert_width=teacher.expert_width,
             layers=teacher.moe_layers,
         )
-        upstream = {"plan": sha256_of(args.plan)}
-    else:
-        check_keep(args.keep, teacher.top_k, teacher.num_experts)
-        given |= {kind: resolve(kind, given[kind]) for kind in ("grouping", "scaling")}
-        plan = plan_from_files(**given)
-        upstream = {name: sha256_of(given[name]) for name in ("statistics", "gram", "ranking")}
+        return plan, {"plan": sha256_of(args.plan)}
+    if kind == "neurons":
+        width = chosen_width(teacher, args.width, args.params)
+        layers, _ = read_neurons(args.neurons)
+        shape = (teacher.num_experts, teacher.expert_width)
+        found = [layer.layer for layer in layers]
+        if found != teacher.moe_layers or layers[0].down_square_norm.shape != shape:
+            raise UserError(f"{args.neurons}: not made from this teacher; run m2d neurons again")
+        plan = neuron_plan(layers, width, args.choice or CHOICES[0])
+        return plan, {"neurons": sha256_of(args.neurons)}
+    check_keep(args.keep, teacher.top_k, teacher.num_experts)
+    files = {name: getattr(args, name) for name in ("statistics", "gram", "ranking")}
+    methods = {kind: resolve(kind, getattr(args, kind)) for kind in ("grouping", "scaling")}
+    plan = plan_from_files(**files, **methods, keep=args.keep)
+    return plan, {name: sha256_of(file) for name, file in files.items()}
+
+
+def main(args: argparse.Namespace) -> None:
+    require_absent(args.out)
+    teacher = open_teacher(args.teacher)
+    plan, upstream = plan_of(args, teacher)
     dtype = pick_dtype(args.dtype, teacher.dtype) if args.dtype else None
     write_student(teacher, plan, args.out, dtype, {"upstream_sha256": upstream})
     say(f"{args.out}: {teacher.family.student_architecture}, plan {plan.digest()}")

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from m2d.artifacts import atomic_path
-from m2d.choose.neuron_statistics import NeuronStatistics
+from m2d.choose.neuron_statistics import CHOICES, NeuronStatistics
 from m2d.choose.neurons import Neurons, check_width, contribution, greedy_neurons, top_neurons
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
@@ -30,6 +30,7 @@ from m2d.options import add_compute_options, positive
 from m2d.progress import say
 from m2d.stages.refit_math import Moments
 from m2d.stages.stats import provenance
+from m2d.stages.widths import add_width_options, chosen_width
 from m2d.tokens import read_tokens
 
 FORMAT = 1
@@ -225,21 +226,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="the file to write, .safetensors")
     parser.add_argument("--calibration", required=True, help="token file from m2d calibrate")
     parser.add_argument(
-        "--greedy", type=positive, metavar="WIDTH", help="also order so many by greedy regression"
+        "--choice",
+        choices=CHOICES,
+        default=CHOICES[0],
+        help="greedy: also order as many neurons as the student will have (%(default)s)",
     )
+    add_width_options(parser)
     parser.add_argument(
-        "--candidates", type=positive, help="neurons to choose from (default: 4 times WIDTH)"
+        "--candidates", type=positive, help="neurons for greedy to choose from (4 times as many)"
     )
     add_compute_options(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.candidates and not args.greedy:
-        raise UserError("--candidates: is of use with --greedy alone")
+    greedy = args.choice == "greedy"
+    for name in ("width", "params", "candidates"):
+        if getattr(args, name) and not greedy:
+            raise UserError(f"--{name}: is of use with --choice greedy alone")
     teacher = open_teacher(args.teacher)
+    width = chosen_width(teacher, args.width, args.params) if greedy else None
     tokens = read_tokens(args.calibration, teacher.config.vocab_size)
     dtype = pick_dtype(args.dtype, teacher.dtype)
     stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
-    layers = collect(stream, tokens, args.batch, args.greedy, args.candidates)
+    layers = collect(stream, tokens, args.batch, width, args.candidates)
     write_neurons(args.out, layers, provenance(teacher, args.calibration, dtype))
     say(f"{args.out}: {len(layers)} layers, {tokens.numel()} tokens")

@@ -1,21 +1,13 @@
-"""A plan of single neurons: any width, or the width that a number of parameters allows.
-
-`m2d merge --plan` writes the student. Plans of whole experts are made by `m2d merge` itself.
-"""
+"""Widths of students made of single neurons: given, or what a number of parameters allows."""
 
 import argparse
 import re
-from pathlib import Path
 
-from m2d.artifacts import require_absent, write_json
-from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.neurons import check_width
 from m2d.errors import UserError
-from m2d.models.teacher import Teacher, count_parameters, open_teacher
+from m2d.models.student import build_student_skeleton
+from m2d.models.teacher import Teacher, count_parameters
 from m2d.options import positive
-from m2d.progress import say
-from m2d.stages.merge import build_student_skeleton
-from m2d.stages.neurons import read_neurons
 
 MULTIPLE = 8  # widths that follow from --params; matrix units want it so
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
@@ -69,36 +61,9 @@ def chosen_width(teacher: Teacher, width: int | None, parameters: int | None) ->
     return chosen
 
 
-def add_width_options(parser: argparse.ArgumentParser) -> None:
+def add_width_options(parser: argparse._ActionsContainer) -> None:
     """--width and --params."""
     parser.add_argument("--width", type=positive, help="neurons of a layer (default: top-k * I)")
     parser.add_argument(
         "--params", type=number_of_parameters, help="the student's parameters at most, as in 2.5B"
-    )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("teacher", help="folder or hub id")
-    parser.add_argument("out", type=Path, help="the file to write, .json")
-    parser.add_argument("--neurons", required=True, help="file from m2d neurons")
-    parser.add_argument(
-        "--choice", choices=CHOICES, default="contribution", help="(default: contribution)"
-    )
-    add_width_options(parser)
-
-
-def main(args: argparse.Namespace) -> None:
-    require_absent(args.out)
-    teacher = open_teacher(args.teacher, config_only=True)
-    width = chosen_width(teacher, args.width, args.params)
-    layers, _ = read_neurons(args.neurons)
-    shape = (teacher.num_experts, teacher.expert_width)
-    found = [layer.layer for layer in layers]
-    if found != teacher.moe_layers or layers[0].down_square_norm.shape != shape:
-        raise UserError(f"{args.neurons}: was not made from this teacher; run m2d neurons again")
-    plan = neuron_plan(layers, width, args.choice)
-    write_json(args.out, plan.to_dict())
-    say(
-        f"{args.out}: {width} neurons in each of {len(layers)} layers, "
-        f"{parameters_of(teacher, width):,} parameters"
     )
