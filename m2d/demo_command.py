@@ -13,11 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parts.add_parser("tasks", help="write the demo's lm-eval tasks from its corpus")
     tasks.add_argument("corpus", type=Path, help="folder from m2d demo corpus")
     tasks.add_argument("out", type=Path, help="the folder to write")
-    train = parts.add_parser("train", help="train the demo teacher again, on the CPU, for hours")
+    train = parts.add_parser("train", help="train a demo teacher again, on the CPU, for hours")
     train.add_argument("out", type=Path, help="the folder to write")
     train.add_argument("--steps", type=positive, help="(default: as the committed teacher)")
+    train.add_argument("--dense", action="store_true", help="the dense teacher, for m2d prune")
     baselines = parts.add_parser("baselines", help="the teacher beside unigram and 5-gram models")
-    baselines.add_argument("teacher", type=Path, help="folder of the demo teacher")
+    baselines.add_argument("teacher", type=Path, help="folder of a demo teacher")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -33,7 +34,8 @@ def main(args: argparse.Namespace) -> None:
     elif args.part == "train":
         from m2d.demo.teacher import train_teacher
 
-        train_teacher(args.out, **({"steps": args.steps} if args.steps else {}))
+        steps = {"steps": args.steps} if args.steps else {}
+        train_teacher(args.out, dense=args.dense, **steps)
     else:
         from m2d.demo.baselines import baselines_table, demo_baselines
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import Qwen3ForCausalLM
 
 from m2d.demo import baselines, corpus, measure, teacher
 
@@ -190,6 +191,29 @@ def test_batches_resume_where_they_stopped(monkeypatch: pytest.MonkeyPatch) -> N
 def test_mutual_information_by_hand() -> None:
     assert measure.mutual_information(torch.tensor([[5, 0], [0, 5]])) == pytest.approx(1.0)
     assert measure.mutual_information(torch.tensor([[2, 4], [1, 2]])) == pytest.approx(0.0)
+
+
+def test_the_dense_teacher_has_the_size_of_the_other_and_can_be_trained(
+    documents: list[corpus.Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "build_corpus", lambda: documents[:150])
+    monkeypatch.setattr(teacher, "BATCH", 2)
+    torch.manual_seed(0)
+    fresh = dict(teacher.new_model(True, 0).named_parameters())
+    teacher.train_teacher(tmp_path / "dense", steps=2, dense=True)
+
+    weights = tmp_path / "dense" / "model.safetensors"
+    assert weights.stat().st_size <= 10_000_000
+    model = Qwen3ForCausalLM.from_pretrained(tmp_path / "dense")
+    assert model.dtype == torch.bfloat16
+    moe = teacher.new_model(False, 0).num_parameters()
+    assert abs(model.num_parameters() / moe - 1) < 0.002
+    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
+    assert all(not torch.equal(p, fresh[name].bfloat16()) for name, p in matrices)
+    texts = [d.text for d in documents[:20]]
+    found = measure.measure_teacher(tmp_path / "dense", texts, [d.domain for d in documents[:20]])
+    assert found["usage"] == []
+    assert 1 < found["perplexity"] < 4096 * 1.2
 
 
 # --- the n-gram baselines ---------------------------------------------------------------

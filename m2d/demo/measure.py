@@ -1,4 +1,4 @@
-"""What the demo teacher is worth: its perplexity, and how it uses its experts.
+"""What a demo teacher is worth: its perplexity, and how it uses its experts, if it has any.
 
 The usage of an expert is the fraction of tokens that select it; with top-k of E experts and perfect
 balance every usage is k / E. L layers, N windows of T tokens.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM
 
 from m2d.demo.teacher import BATCH, encode, load_tokenizer, watch_routers, windows
 
@@ -31,16 +31,15 @@ def measure_teacher(
     expert does not depend on it at all, at most log2 E.
     """
     tokenizer = load_tokenizer(folder)
-    model = Qwen3MoeForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="grouped_mm"
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = encode(tokenizer, texts)
     names = sorted(set(domains))
     labels = [np.full(len(d), names.index(n), np.int32) for d, n in zip(ids, domains, strict=True)]
     tokens_NT = torch.from_numpy(windows(ids)).long()
     domains_NT = torch.from_numpy(windows(labels)).long()
     routers = watch_routers(model)
-    layers, experts = model.config.num_hidden_layers, model.config.num_experts
+    experts = getattr(model.config, "num_experts", 0)
+    layers = model.config.num_hidden_layers if experts else 0
     by_domain = torch.zeros(layers, len(names), experts)
     by_token = torch.zeros(layers, len(tokenizer), experts)
     loss = 0.0

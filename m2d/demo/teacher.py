@@ -1,4 +1,6 @@
-"""The demo teacher: a small Qwen3-MoE language model, trained from nothing on the demo corpus.
+"""The demo teachers: small language models, trained from nothing on the demo corpus.
+
+One is a Qwen3-MoE; the other, for dense-to-dense baselines, a Qwen3 with as many parameters in all.
 
 Shapes: B sequences per step, T tokens per sequence, H hidden size, I expert intermediate size,
 E routed experts, k of them selected per token.
@@ -14,7 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from m2d.artifacts import atomic_path, require_absent
 from m2d.demo.corpus import build_corpus
@@ -57,7 +66,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def teacher_config(eos_token_id: int = 0) -> Qwen3MoeConfig:
-    """The demo teacher's architecture: 4.94 million parameters, of which 1.5 million are active."""
+    """The MoE teacher's architecture: 4.94 million parameters, of which 1.5 million are active."""
     return Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim: its stub lacks what it takes
         vocab_size=VOCABULARY,
         hidden_size=160,
@@ -75,6 +84,36 @@ def teacher_config(eos_token_id: int = 0) -> Qwen3MoeConfig:
         bos_token_id=eos_token_id,
         eos_token_id=eos_token_id,
         pad_token_id=eos_token_id,
+    )
+
+
+def dense_teacher_config(eos_token_id: int = 0) -> Qwen3Config:
+    """The dense teacher's architecture: 4.94 million parameters, as many as the MoE's.
+
+    It is larger than the MoE's student along every axis: structured pruning has to do on each.
+    """
+    return Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=224,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=784,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=eos_token_id,
+    )
+
+
+def new_model(dense: bool, eos_token_id: int) -> PreTrainedModel:
+    """An untrained teacher."""
+    if dense:
+        return Qwen3ForCausalLM._from_config(dense_teacher_config(eos_token_id))
+    return Qwen3MoeForCausalLM._from_config(
+        teacher_config(eos_token_id), experts_implementation="grouped_mm"
     )
 
 
@@ -127,15 +166,19 @@ def balance_loss(logits_NE: torch.Tensor, selected_Nk: torch.Tensor) -> torch.Te
     return experts * (share_E * probability_E).sum()
 
 
-def watch_routers(model: Qwen3MoeForCausalLM) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A list to which each layer in turn appends router logits [N, E], selected experts [N, k]."""
+def watch_routers(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A list to which layers in turn append router logits [N, E], selected experts [N, k].
+
+    Layers without experts append nothing.
+    """
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep(_module: Any, _inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
         seen.append((output[0], output[2]))
 
     for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(keep)
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(keep)
     return seen
 
 
@@ -182,7 +225,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimisers(
-    model: Qwen3MoeForCausalLM, learning_rate: float, weight_decay: float
+    model: PreTrainedModel, learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers; AdamW for embedding, routers and norms."""
     gate_up: list[torch.Tensor] = []
@@ -244,9 +287,11 @@ def train_teacher(
     balance: float = 0.02,
     seed: int = 0,
     checkpoint_minutes: float = 4.0,
+    dense: bool = False,
 ) -> None:
-    """Train the demo teacher and write it, with its tokenizer, to the new folder `out`.
+    """Train a demo teacher and write it, with its tokenizer, to the new folder `out`.
 
+    dense: the dense one; else the Mixture-of-Experts. Both see the same tokens in the same order.
     Each step is `BATCH` sequences of `SEQUENCE` tokens. A checkpoint beside `out`
     (`<out>.checkpoint`) lets the same call resume after an interruption; it is removed at the end.
     Raises UserError if `out` exists.
@@ -258,9 +303,7 @@ def train_teacher(
     say(f"teacher: {sum(map(len, ids)):,} training tokens")
 
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM._from_config(
-        teacher_config(tokenizer.eos_token_id), experts_implementation="grouped_mm"
-    ).train()
+    model = new_model(dense, tokenizer.eos_token_id).train()
     optimisers = make_optimisers(model, learning_rate, weight_decay)
     routers = watch_routers(model)
     checkpoint = out.with_name(out.name + ".checkpoint")
@@ -284,8 +327,8 @@ def train_teacher(
         routers.clear()
         with torch.autocast("cpu", torch.bfloat16):
             loss = language_model_loss(model, tokens)
-        unbalance = torch.stack([balance_loss(*router) for router in routers])  # [layers]
-        (loss + balance * unbalance.sum()).backward()
+        unbalance = [balance_loss(*router) for router in routers]  # empty without experts
+        (loss + balance * sum(unbalance)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
@@ -295,9 +338,10 @@ def train_teacher(
         now = time.monotonic()
         if step % 20 == 0 or step == steps:
             pace = (now - start) / (step - first)  # seconds per step
+            worst = f"balance {max(unbalance).item():.3f}, " if unbalance else ""
             say(
-                f"teacher: step {step}/{steps}, loss {mean:.3f}, "
-                f"balance {unbalance.max().item():.3f}, {BATCH * SEQUENCE / pace:,.0f} tokens/s, "
+                f"teacher: step {step}/{steps}, loss {mean:.3f}, {worst}"
+                f"{BATCH * SEQUENCE / pace:,.0f} tokens/s, "
                 f"{pace * (steps - step) / 60:.0f} min left"
             )
         if now - saved_at > 60 * checkpoint_minutes and step < steps:
@@ -320,9 +364,9 @@ def train_teacher(
 # --- writing ------------------------------------------------------------------------
 
 
-def save_teacher(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the model in bfloat16, in the hub's layout (a tensor per expert), and the tokenizer."""
-    copy = Qwen3MoeForCausalLM._from_config(model.config)
+    copy = type(model)._from_config(model.config)
     copy.load_state_dict(model.state_dict())
     with atomic_path(out) as temporary:
         copy.bfloat16().save_pretrained(temporary)
@@ -330,7 +374,7 @@ def save_teacher(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast,
         tokenizer.save_pretrained(temporary)
         # transformers 5 writes names of its own, which it also reads; the hub's are understood by
         # every version and by other software.
-        _edit(temporary / "config.json", lambda c: {"num_experts": c.pop("num_local_experts"), **c})
+        _edit(temporary / "config.json", _hub_names)
         _edit(
             temporary / "tokenizer_config.json",
             lambda c: {
@@ -338,6 +382,11 @@ def save_teacher(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast,
                 "tokenizer_class": "PreTrainedTokenizerFast",
             },
         )
+
+
+def _hub_names(config: dict[str, Any]) -> dict[str, Any]:
+    names = {"num_local_experts": "num_experts"}
+    return {names.get(key, key): value for key, value in config.items()}
 
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
