@@ -210,6 +210,16 @@ def test_sigkill_at_a_random_step_changes_nothing(place: Path, whole: Path) -> N
     assert_identical(place / "killed", whole)
 
 
+def test_a_time_limit_stops_with_a_checkpoint(place: Path, whole: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(place, "limited", "--stop-after", "0"))
+    assert stop.value.code == 75
+    (work,) = place.glob(".limited.checkpoints-*")
+    assert [folder.name for folder in work.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert main(arguments(place, "limited", "--stop-after", "60")) == 0
+    assert_identical(place / "limited", whole)
+
+
 def test_other_arguments_begin_anew(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -54,12 +54,15 @@ class Watch(TrainerCallback):
         checkpoint_minutes: float,
         tokens_per_step: int,
         stop: StopRequest,
+        end: float = float("inf"),
     ) -> None:
+        """end: when to stop with a checkpoint, on the clock of time.monotonic."""
         self.metrics = metrics
         self.tensorboard = tensorboard
         self.seconds_between_checkpoints = checkpoint_minutes * 60
         self.tokens_per_step = tokens_per_step
         self.stop = stop
+        self.end = end
         self.bar: Any = None
         self.writer: Any = None
         self.stopped = False
@@ -98,8 +101,9 @@ class Watch(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> TrainerControl:
-        due = time.monotonic() - self.last_checkpoint >= self.seconds_between_checkpoints
-        stop, due = agree([self.stop.signal is not None, due], args.device)
+        now = time.monotonic()
+        due = now - self.last_checkpoint >= self.seconds_between_checkpoints
+        stop, due = agree([self.stop.signal is not None or now >= self.end, due], args.device)
         if state.global_step >= state.max_steps:
             return control  # all done: the student itself comes next
         if stop:

@@ -8,6 +8,7 @@ goes on from its last checkpoint when the same command is given again.
 import argparse
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument(
         "--checkpoint-minutes", type=number(0), default=15.0, help="between checkpoints (15)"
+    )
+    run.add_argument(
+        "--stop-after",
+        type=number(0),
+        metavar="MINUTES",
+        help="then save a checkpoint and exit with code 75 (for a job's time limit)",
     )
     run.add_argument("--tensorboard", type=Path, help="folder for TensorBoard's event files")
 
@@ -240,6 +247,7 @@ def main(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The whole stage, in every process."""
+    end = float("inf") if args.stop_after is None else time.monotonic() + 60 * args.stop_after
     import torch
 
     from m2d.distill.data import PackedTokens
@@ -297,6 +305,7 @@ def run(args: argparse.Namespace) -> None:
             args.checkpoint_minutes,
             recipe.batch * tokens.length,
             stop,
+            end,
         )
         training = trainer.make_trainer(student, teacher, tokens, recipe, work, [watcher])
         training.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
