@@ -23,6 +23,11 @@ RESERVED = {
     "teachers": {"corpus", "tasks", "tables", "figures", "benchmarks", "logs"},
     "recipes": {"merged", "refit"},
 }
+# What a student is made of -> the keys that it must have, and those that it may.
+STUDENT_KINDS = {
+    "neurons": ({"neurons"}, {"width", "params", "refit", "weighting"}),
+    "experts": ({"scoring", "grouping", "scaling", "keep"}, {"refit", "weighting"}),
+}
 
 
 def load_config(path: str | Path, schema: str | Path) -> Config:
@@ -46,10 +51,38 @@ def check_config(values: Any, schema: str | Path) -> Config:
     if error is not None:
         raise UserError(f"config: {_explain(error)}")
     config: Config = copy.deepcopy(dict(values))
+    _check_students(config["students"])
     _resolve_methods(config)
     _check_names(config)
     _check_sizes(config)
     return config
+
+
+def student_kind(student: Mapping[str, Any]) -> str:
+    """What a student is made of: a key of STUDENT_KINDS."""
+    return next((kind for kind in STUDENT_KINDS if kind in student), "experts")
+
+
+def _check_students(students: Mapping[str, Any]) -> None:
+    """Every student has the keys of its kind, and no others."""
+    for name, student in students.items():
+        kind = student_kind(student)
+        required, optional = STUDENT_KINDS[kind]
+        key = f"config: students.{name}"
+        for missing in required - student.keys():
+            raise UserError(
+                f"{key}: the key {missing} is missing; a student of {kind} has "
+                f"{', '.join(sorted(required))}"
+            )
+        for surplus in student.keys() - required - optional:
+            raise UserError(
+                f"{key}.{surplus}: not for a student of {kind}, which has "
+                f"{', '.join(sorted(required | optional))}"
+            )
+        if "width" in student and "params" in student:
+            raise UserError(f"{key}: width and params exclude each other; leave one out")
+        if "weighting" in student and "refit" not in student:
+            raise UserError(f"{key}.weighting: is of use with refit alone; add refit: sequential")
 
 
 def _resolve_methods(config: Config) -> None:
@@ -72,7 +105,8 @@ def _resolve_methods(config: Config) -> None:
     grid["scalings"] = resolved_list("scaling", grid["scalings"], "grid.scalings")
     for name, student in config["students"].items():
         for kind in ("scoring", "grouping", "scaling"):
-            student[kind] = resolved(kind, student[kind], f"students.{name}.{kind}")
+            if kind in student:
+                student[kind] = resolved(kind, student[kind], f"students.{name}.{kind}")
     for name, pipeline in config["pipelines"].items():
         for key in ("scorings", "students", "distill", "evaluations"):
             pipeline.setdefault(key, [])
@@ -156,7 +190,7 @@ def _check_sizes(config: Config) -> None:
         used_students = [*pipeline["students"], *(e["student"] for e in pipeline["distill"])]
         for teacher in pipeline["teachers"]:
             for student in used_students:
-                keep = config["students"][student]["keep"]
+                keep = config["students"][student].get("keep", config["teachers"][teacher]["top_k"])
                 key = f"pipelines.{name}: students.{student}.keep"
                 _check_keep(keep, teacher, config["teachers"][teacher], key)
 

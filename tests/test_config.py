@@ -74,6 +74,14 @@ def test_paper_scale(original: dict[str, Any]) -> None:
          "'DO-APC'; did you mean gld_reap?"),
         ("students.do-acp-k4.keep", 3, "students.do-acp-k4.keep: 3 experts cannot be kept of demo; "
          "from 4 (its top_k) to 32"),
+        ("students.do-acp-k4.keep", ..., "students.do-acp-k4: the key keep is missing; a student "
+         "of experts has grouping, keep, scaling, scoring"),
+        ("students.neurons-refit.keep", 4, "students.neurons-refit.keep: not for a student of "
+         "neurons, which has neurons, params, refit, weighting, width"),
+        ("students.neurons-refit", {"neurons": "greedy", "width": 8, "params": 9},
+         "students.neurons-refit: width and params exclude each other"),
+        ("students.neurons-refit", {"neurons": "greedy", "weighting": "equal"},
+         "students.neurons-refit.weighting: is of use with refit alone"),
         ("teachers.demo.keeps", [4, 33], "teachers.demo.keeps.1: 33 experts cannot be kept"),
         ("teachers.demo.top_k", 40, "teachers.demo.top_k: 40 is more than its 32 experts"),
         ("teachers.demo.tokens.test.dataset", "demo-tst", "teachers.demo.tokens.test.dataset: "

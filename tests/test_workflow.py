@@ -245,6 +245,13 @@ def test_best_students_follow_the_grid(project: Path, stub: Path) -> None:
 
 def test_refit_lies_between_merging_and_distilling(project: Path, stub: Path) -> None:
     jobs = jobs_of(snakemake(project, "all_solved", stub=stub).stdout)
+    assert {
+        "measure_neurons neurons=greedy-width-24",
+        "merge_neurons student=neurons",
+        "refit_student student=neurons",
+        "measure_student student=neurons variant=refit",
+    } <= set(jobs)
+    assert "merge_student student=neurons" not in jobs
     student = project / "results/tiny/students/solved"
     for name in ("merged", "refit", "short"):
         assert (student / name / "m2d.json").is_file()
@@ -256,6 +263,9 @@ def test_refit_lies_between_merging_and_distilling(project: Path, stub: Path) ->
         jobs
     )
     assert "merge_student student=solved" not in jobs
+    change_config(project, "students", "neurons", width=32)
+    jobs = jobs_of(snakemake(project, "--dry-run", "all_solved", stub=stub).stdout)
+    assert "measure_neurons neurons=greedy-width-32" in jobs
 
 
 def test_killed_run_resumes(project: Path, stub: Path, run: Callable) -> None:

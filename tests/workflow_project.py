@@ -52,6 +52,7 @@ CONFIG: dict[str, Any] = {
             "keep": 2,
             "refit": "layer",
         },
+        "neurons": {"neurons": "greedy", "width": 24, "refit": "layer"},
     },
     "recipes": {
         "short": {
@@ -84,7 +85,7 @@ CONFIG: dict[str, Any] = {
         },
         "all_solved": {
             "teachers": ["tiny"],
-            "students": ["solved"],
+            "students": ["solved", "neurons"],
             "distill": [{"student": "solved", "recipe": "short"}],
         },
         "all_best": {"teachers": ["tiny"], "scorings": ["DO-ACP"], "best": "short"},

@@ -8,7 +8,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from m2d.best import best_configuration
-from m2d.config import check_config
+from m2d.config import check_config, student_kind
 from m2d.digest import code_digest
 from m2d.errors import UserError
 
@@ -37,6 +37,7 @@ wildcard_constraints:
     variant="|".join(["merged", "refit", *config["recipes"]]),
     tokens="calibration|test|distillation",
     scoring="[a-z_]+",
+    neurons="contribution|greedy(-width-[0-9]+|-params-[0-9]+)?",
 
 
 def teacher_of(wildcards):
@@ -142,6 +143,8 @@ def ranking_digest(wildcards):
 
 def choice_of(wildcards):
     """What a student's making was decided from: its ranking, and its grid where that chose it."""
+    if student_kind(student_of(wildcards)) != "experts":
+        return []
     files = [f"<results>/{wildcards.teacher}/rankings/{scoring_of(wildcards)}.json"]
     if wildcards.student not in config["students"]:
         files += [f"<results>/{wildcards.teacher}/grid/{scoring_of(wildcards)}.parquet"]
@@ -161,12 +164,49 @@ def merge_code(wildcards):
     )
 
 
+# ---- neurons.smk
+
+
+def students_of_kind(kind):
+    """A wildcard constraint: the config's students of one kind."""
+    names = [n for n, s in config["students"].items() if student_kind(s) == kind]
+    return "|".join(names) or "none of this kind"
+
+
+def size_options(student):
+    """--width or --params of a student of single neurons, where the config has one."""
+    return "".join(
+        f" --{key} {student[key]}" for key in ("width", "params") if key in student
+    )
+
+
+def neurons_name(wildcards):
+    """The neuron statistics of a student: any width has the same, but the greedy order's."""
+    student = student_of(wildcards)
+    if student["neurons"] == "contribution":
+        return "contribution"
+    return "greedy" + size_options(student).replace(" --", "-").replace(" ", "-")
+
+
+def neurons_options(wildcards):
+    """The name of neuron statistics as options: greedy-width-512 is --choice greedy --width 512."""
+    choice, *size = wildcards.neurons.split("-")
+    return f"--choice {choice}" + (f" --{size[0]} {size[1]}" if size else "")
+
+
 # ---- refit.smk, distill.smk
 
 
 def refit_of(student):
     """A student's variant of refit; None where there is none, as in best-SCORING-GROUPING."""
     return config["students"].get(student, {}).get("refit")
+
+
+def refit_options(wildcards):
+    student = config["students"][wildcards.student]
+    return (
+        f"--variant {student['refit']} --weighting {student.get('weighting', 'equal')}"
+    )
 
 
 def undistilled(wildcards):

@@ -18,6 +18,8 @@ rule merge_student:
         "<logs>/merge_student/{teacher}/{student}.log",
     benchmark:
         "<benchmarks>/merge_student/{teacher}/{student}.tsv"
+    wildcard_constraints:
+        student=f"{students_of_kind('experts')}|best-[a-z_]+-[a-z_]+",
     conda:
         "../envs/m2d.yaml"
     threads: 1

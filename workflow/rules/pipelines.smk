@@ -78,12 +78,12 @@ def rankings_of(pipeline):
     named = {student for _, student, _ in runs_of(pipeline)} & set(config["students"])
     scorings = {
         *settings["scorings"],
-        *(config["students"][s]["scoring"] for s in named),
+        *(config["students"][s].get("scoring") for s in named),
     }
     return ancient(
         expand(
             "<results>/{teacher}/rankings/{scoring}.json",
             teacher=settings["teachers"],
-            scoring=sorted(set(scorings)),
+            scoring=sorted(scorings - {None}),
         )
     )

@@ -25,11 +25,11 @@ rule refit_student:
         runtime=minutes,
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
-        variant=lambda wildcards: refit_of(wildcards.student),
+        variant=refit_options,
         options=compute_options,
         code=code("m2d.stages.refit"),
     shell:
         """
         m2d refit {input.student} {params.model} {output} --calibration {input.tokens} \
-            --variant {params.variant} {params.options} 2>{log}
+            {params.variant} {params.options} 2>{log}
         """

@@ -1,0 +1,67 @@
+# Students of single neurons: what each neuron contributes, and the students made of the best.
+# in:  a teacher, <results>/{teacher}/tokens/calibration.safetensors
+# out: <results>/{teacher}/neurons/{neurons}.safetensors,
+#      <results>/{teacher}/students/{student}/merged/, for students with the key `neurons`
+
+
+rule measure_neurons:
+    """Routed contribution of every intermediate neuron, and a greedy order where asked for."""
+    input:
+        calibration="<results>/{teacher}/tokens/calibration.safetensors",
+        teacher=teacher_files,
+    output:
+        "<results>/{teacher}/neurons/{neurons}.safetensors",
+    log:
+        "<logs>/measure_neurons/{teacher}/{neurons}.log",
+    benchmark:
+        "<benchmarks>/measure_neurons/{teacher}/{neurons}.tsv"
+    conda:
+        "../envs/m2d.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=memory,
+        runtime=minutes,
+    params:
+        model=lambda wildcards: teacher_of(wildcards)["model"],
+        neurons=neurons_options,
+        options=compute_options,
+        code=code("m2d.stages.neurons"),
+    shell:
+        """
+        m2d neurons {params.model} {output} --calibration {input.calibration} \
+            {params.neurons} {params.options} 2>{log}
+        """
+
+
+rule merge_neurons:
+    """Write one student of single neurons."""
+    input:
+        neurons=lambda wildcards: (
+            f"<results>/{wildcards.teacher}/neurons/{neurons_name(wildcards)}.safetensors"
+        ),
+        teacher=teacher_files,
+    output:
+        directory("<results>/{teacher}/students/{student}/merged"),
+    log:
+        "<logs>/merge_neurons/{teacher}/{student}.log",
+    benchmark:
+        "<benchmarks>/merge_neurons/{teacher}/{student}.tsv"
+    wildcard_constraints:
+        student=students_of_kind("neurons"),
+    conda:
+        "../envs/m2d.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory,
+        runtime=minutes,
+    params:
+        model=lambda wildcards: teacher_of(wildcards)["model"],
+        choice=lambda wildcards: student_of(wildcards)["neurons"],
+        size=lambda wildcards: size_options(student_of(wildcards)),
+        code=code("m2d.stages.merge", grouping=[], scaling=[]),
+    shell:
+        """
+        m2d merge {params.model} {output} --neurons {input.neurons} \
+            --choice {params.choice}{params.size} 2>{log}
+        """
