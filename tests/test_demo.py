@@ -48,6 +48,21 @@ def test_splits_share_no_document_and_no_paragraph(documents: list[corpus.Docume
     assert len(owner) > 1000
 
 
+def test_documents_as_found_are_longer_and_no_two_the_same(
+    documents: list[corpus.Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "DOMAINS", DOMAINS)
+    found = {d.name: d for d in corpus.build_corpus(clean=False)}
+    assert len({d.text for d in found.values()}) == len(found)
+    shorter = 0
+    for d in documents:
+        assert (d.domain, d.split) == (found[d.name].domain, found[d.name].split)
+        kept, whole = corpus.paragraphs(d.text), corpus.paragraphs(found[d.name].text)
+        assert set(kept) <= set(whole)
+        shorter += len(kept) < len(whole)
+    assert shorter > 10
+
+
 def test_split_depends_on_the_name_alone(documents: list[corpus.Document]) -> None:
     for d in documents:
         assert d.split == corpus.split_of(d.name.split("#")[0])

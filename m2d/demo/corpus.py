@@ -235,6 +235,14 @@ def deduplicate(texts: Iterable[str]) -> Iterator[str]:
         yield "\n\n".join(kept)
 
 
+def _distinct(texts: Iterable[str]) -> Iterator[str]:
+    """Each text, or an empty one where an earlier text is the same."""
+    seen: set[str] = set()
+    for text in texts:
+        yield "" if text in seen else text
+        seen.add(text)
+
+
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
@@ -276,9 +284,11 @@ def _without(text: str, known: set[int]) -> str:
 # --- the corpus -----------------------------------------------------------------------
 
 
-def build_corpus() -> list[Document]:
+def build_corpus(clean: bool = True) -> list[Document]:
     """The whole demo corpus, in a fixed order, train first; half a minute on two cores.
 
+    clean: without paragraphs that are said twice; else only texts that are the same to the letter
+    are dropped, and held-out documents repeat much that train documents say.
     Raises UserError if one of the packages is not installed.
     """
     start = time.monotonic()
@@ -290,12 +300,13 @@ def build_corpus() -> list[Document]:
     raw = sum(len(text) for _, _, text in found)
     numbered: Counter[str] = Counter()
     documents = []
-    for (domain, name, _), text in zip(found, deduplicate(t for *_, t in found), strict=True):
+    texts = deduplicate(t for *_, t in found) if clean else _distinct(t for *_, t in found)
+    for (domain, name, _), text in zip(found, texts, strict=True):
         numbered[name] += 1
         if len(text) >= MIN_DOCUMENT:
             unique = name if numbered[name] == 1 else f"{name}#{numbered[name]}"
             documents.append(Document(domain, unique, text, split_of(name)))
-    documents = clean_held_out(documents)
+    documents = clean_held_out(documents) if clean else documents
     size = sum(len(d.text) for d in documents)
     say(
         f"corpus: {len(documents)} documents, {size / 1e6:.1f} MB of {raw / 1e6:.1f} MB "
