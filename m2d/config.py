@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 
 from m2d.choose.names import resolve
+from m2d.cost.needs import read_sizes
 from m2d.errors import UserError
 
 Config = dict[str, Any]
@@ -52,6 +53,7 @@ def check_config(values: Any, schema: str | Path) -> Config:
         raise UserError(f"config: {_explain(error)}")
     config: Config = copy.deepcopy(dict(values))
     _check_students(config["students"])
+    config.setdefault("hardware", {})
     _resolve_methods(config)
     _check_names(config)
     _check_sizes(config)
@@ -167,6 +169,7 @@ def _check_sizes(config: Config) -> None:
             )
         for i, keep in enumerate(teacher["keeps"]):
             _check_keep(keep, name, teacher, f"teachers.{name}.keeps.{i}")
+        _check_sizes_file(name, teacher)
     for name, recipe in config["recipes"].items():
         key = f"config: recipes.{name}"
         steps, peak = recipe["steps"], recipe["learning_rate"]
@@ -180,7 +183,7 @@ def _check_sizes(config: Config) -> None:
                 f"{key}.min_learning_rate: {recipe['min_learning_rate']} is more than "
                 f"learning_rate = {peak}"
             )
-        at_once = recipe.get("device_batch", 1) * max(recipe["gpus"], 1)
+        at_once = recipe.get("device_batch", 1) * max(recipe.get("gpus", 1), 1)
         if recipe.get("batch", at_once) % at_once:
             raise UserError(
                 f"{key}.batch: {recipe['batch']} is not a multiple of device_batch times gpus = "
@@ -193,6 +196,35 @@ def _check_sizes(config: Config) -> None:
                 keep = config["students"][student].get("keep", config["teachers"][teacher]["top_k"])
                 key = f"pipelines.{name}: students.{student}.keep"
                 _check_keep(keep, teacher, config["teachers"][teacher], key)
+            recipes = {e["recipe"] for e in pipeline["distill"]} | {pipeline.get("best")} - {None}
+            if "sizes" not in config["teachers"][teacher]:
+                for recipe in sorted(recipes):
+                    _require_resources(config["recipes"][recipe], f"recipes.{recipe}", teacher)
+
+
+def _check_sizes_file(name: str, teacher: Mapping[str, Any]) -> None:
+    """The file of `sizes` is of a model with these experts; without one, resources are stated."""
+    if "sizes" not in teacher:
+        _require_resources(teacher.get("resources", {}), f"teachers.{name}.resources", name)
+        return
+    try:
+        sizes = read_sizes(teacher["sizes"])
+    except UserError as error:
+        raise UserError(f"config: teachers.{name}.sizes: {error}") from None
+    for key, found in (("experts", sizes.get("num_experts")), ("top_k", sizes.get("top_k"))):
+        if teacher[key] != found:
+            raise UserError(
+                f"config: teachers.{name}.{key}: {teacher[key]}, but {teacher['sizes']} has {found}"
+            )
+
+
+def _require_resources(stated: Mapping[str, Any], key: str, teacher: str) -> None:
+    missing = [name for name in ("gpus", "mem_mb", "runtime") if name not in stated]
+    if missing:
+        raise UserError(
+            f"config: {key}: the key {missing[0]} is missing; state it, or give teachers.{teacher} "
+            "its `sizes`, from which it follows"
+        )
 
 
 def _check_keep(keep: int, name: str, teacher: Mapping[str, Any], key: str) -> None:

@@ -5,7 +5,17 @@ import json
 from typing import Any
 
 from m2d.models.student import build_student_skeleton, student_width
-from m2d.models.teacher import Teacher, count_parameters, layers_of, open_teacher
+from m2d.models.teacher import (
+    Teacher,
+    count_parameters,
+    dtype_of,
+    has_experts,
+    layers_of,
+    locate,
+    make_skeleton,
+    open_teacher,
+    read_config,
+)
 from m2d.options import positive
 from m2d.stages.gram import CHUNK_BYTES
 from m2d.stages.grid import paper_keeps
@@ -26,8 +36,10 @@ def inspect(
     that `student_parameters` holds for every K in `students`.
     """
     item = teacher.dtype.itemsize
-    layer_bytes = max(count_parameters(layer) for layer in layers_of(teacher.skeleton)) * item
+    layers = [count_parameters(layer) for layer in layers_of(teacher.skeleton)]
     total = count_parameters(teacher.skeleton)
+    expert = parameters_of_expert(teacher)
+    idle = (teacher.num_experts - teacher.top_k) * expert * len(teacher.moe_layers)
     keeps = paper_keeps(teacher.top_k, teacher.num_experts)
     path = teacher.top_k * teacher.expert_width
     first = student_row(teacher, path, keeps[0])
@@ -35,9 +47,7 @@ def inspect(
     if width is not None:
         students.append(student_row(teacher, width, None))
     activations = sequences * length * teacher.config.hidden_size * item
-    trunk = total * item - sum(
-        count_parameters(layer) * item for layer in layers_of(teacher.skeleton)
-    )
+    trunk = total - sum(layers)
     return {
         "family": teacher.family.model_type,
         "num_layers": int(teacher.config.num_hidden_layers),
@@ -50,6 +60,10 @@ def inspect(
         "vocab_size": int(teacher.config.vocab_size),
         "dtype": str(teacher.dtype).removeprefix("torch."),
         "teacher_parameters": total,
+        "active_parameters": total - idle,
+        "expert_parameters": expert,
+        "layer_parameters": max(layers),
+        "trunk_parameters": trunk,
         "student_architecture": teacher.family.student_architecture,
         "student_parameters": students[0]["parameters"],
         "students": students,
@@ -57,9 +71,39 @@ def inspect(
             "calibration_tokens": sequences * length,
             "read_bytes": total * item + students[0]["parameters"] * item,
             "write_bytes": students[0]["parameters"] * item,
-            "memory_bytes": BASE_BYTES + 2 * layer_bytes + trunk + activations + 2 * CHUNK_BYTES,
+            "memory_bytes": BASE_BYTES
+            + (2 * max(layers) + trunk) * item
+            + activations
+            + 2 * CHUNK_BYTES,
         },
     }
+
+
+def inspect_dense(model: str) -> dict[str, Any]:
+    """Sizes of a dense model, such as one whose layers are to be pruned: the same keys, fewer."""
+    folder = locate(model, config_only=True)
+    _, config = read_config(folder)
+    skeleton = make_skeleton(config, folder)
+    layers = [count_parameters(layer) for layer in layers_of(skeleton)]
+    total = count_parameters(skeleton)
+    return {
+        "family": config.model_type,
+        "num_layers": len(layers),
+        "hidden_size": int(config.hidden_size),
+        "vocab_size": int(config.vocab_size),
+        "dtype": str(dtype_of(config, folder)).removeprefix("torch."),
+        "teacher_parameters": total,
+        "active_parameters": total,
+        "layer_parameters": max(layers),
+        "trunk_parameters": total - sum(layers),
+    }
+
+
+def parameters_of_expert(teacher: Teacher) -> int:
+    """Parameters of one routed expert; packed ones, on the meta device, are counted unpacked."""
+    layer = layers_of(teacher.skeleton)[teacher.moe_layers[0]]
+    experts = count_parameters(layer.get_submodule(teacher.family.experts))
+    return experts // (teacher.num_experts + teacher.shared_in_experts)
 
 
 def student_row(teacher: Teacher, width: int, keep: int | None) -> dict[str, Any]:
@@ -75,6 +119,8 @@ def student_row(teacher: Teacher, width: int, keep: int | None) -> dict[str, Any
 
 def as_text(facts: dict[str, Any]) -> str:
     """The same, to read."""
+    if "students" not in facts:
+        return "\n".join(f"{key.replace('_', ' '):20} {value}" for key, value in facts.items())
     work = facts["conversion"]
     lines = [
         f"family               {facts['family']}",
@@ -120,8 +166,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    teacher = open_teacher(args.teacher, config_only=True)
-    asked = args.width is not None or args.params is not None
-    width = chosen_width(teacher, args.width, args.params) if asked else None
-    facts = inspect(teacher, args.sequences, args.length, width)
+    if has_experts(args.teacher):
+        teacher = open_teacher(args.teacher, config_only=True)
+        asked = args.width is not None or args.params is not None
+        width = chosen_width(teacher, args.width, args.params) if asked else None
+        facts = inspect(teacher, args.sequences, args.length, width)
+    else:
+        facts = inspect_dense(args.teacher)
     print(json.dumps(facts, indent=1) if args.json else as_text(facts))

@@ -18,7 +18,6 @@ import pandas as pd
 import pytest
 import yaml
 from workflow_project import (
-    REPOSITORY,
     environment,
     jobs_of,
     make_project,
@@ -305,40 +304,3 @@ def test_bad_config_is_one_line(project: Path) -> None:
     assert done.returncode == 1
     assert "recipes.short: unknown key 'learning_rat'; did you mean learning_rate?" in done.stdout
     assert "Traceback" not in done.stdout
-
-
-@pytest.fixture
-def no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every import of torch fail."""
-    folder = tmp_path / "no-torch"
-    folder.mkdir()
-    (folder / "torch.py").write_text("raise ImportError('torch was imported')\n", encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-
-
-@pytest.mark.usefixtures("no_torch")
-def test_repository_config_dry_runs_without_torch(tmp_path: Path) -> None:
-    """Every pipeline of the repository's own config, from nothing."""
-    options = ["--profile", "profiles/local", "--dry-run", "--nolock"]
-    options += ["--config", f"results={tmp_path / 'results'}", "--"]
-    config = yaml.safe_load((REPOSITORY / "config.yaml").read_text(encoding="utf-8"))
-    assert {"all_demo", "all_grid", "all_grid_distill", "all_headline"} <= set(config["pipelines"])
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *options, "tables"],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    jobs = jobs_of(done.stdout)
-    # The demo also ranks by OMP, for its closed-form students.
-    expected = {"demo": (8, 7), "qwen3-30b-a3b": (7, 7)}
-    for teacher, numbers in expected.items():
-        for rule, number in zip(("rank_experts", "measure_grid"), numbers, strict=True):
-            found = [j for j in jobs if j.startswith(rule) and j.endswith(f"teacher={teacher}")]
-            assert len(found) == number, rule
-    best = [job for job in jobs if job.startswith("distill_student") and "student=best-" in job]
-    assert len(best) == 35

@@ -9,6 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 from m2d.best import best_configuration
 from m2d.config import check_config, student_kind
+from m2d.cost.jobs import resources_of
 from m2d.digest import code_digest
 from m2d.errors import UserError
 
@@ -59,16 +60,14 @@ def compute_options(wildcards):
     return f"--dtype {teacher['dtype']} --batch {teacher['batch']}"
 
 
-def gpus(wildcards):
-    return teacher_of(wildcards)["resources"]["gpus"]
+def sized(rule, what, **names):
+    """What a job of a rule asks for, by the sizes of its teacher; see m2d/cost/jobs.py."""
 
+    def ask(wildcards, attempt):
+        wanted = {**dict(wildcards.items()), **names}
+        return resources_of(config, rule, wanted, attempt)[what]
 
-def memory(wildcards, attempt):
-    return teacher_of(wildcards)["resources"]["mem_mb"] * attempt
-
-
-def minutes(wildcards, attempt):
-    return teacher_of(wildcards)["resources"]["runtime"] * attempt
+    return ask
 
 
 def code(entry, **chosen):
@@ -233,12 +232,9 @@ def recipe_options(wildcards):
     )
 
 
-def launcher(wildcards):
-    """One process per GPU."""
-    processes = recipe_of(wildcards)["gpus"]
-    if processes < 2:
-        return "m2d"
-    return f"torchrun --standalone --nproc-per-node {processes} -m m2d.cli"
+def launcher():
+    """The script that starts a distillation, on any number of GPUs and nodes."""
+    return config.get("launcher", workflow.source_path("../scripts/launch.sh"))
 
 
 # ---- evaluate.smk

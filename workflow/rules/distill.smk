@@ -5,6 +5,8 @@
 #
 # A job that is killed or runs out of time goes on from its last checkpoint when it is started
 # again: checkpoints lie beside the output, in .{recipe}.checkpoints-*, until it is complete.
+#
+# On how many GPUs and nodes it runs is no parameter: another number repeats nothing.
 
 
 rule distill_student:
@@ -24,16 +26,20 @@ rule distill_student:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        gpu=lambda wildcards: recipe_of(wildcards)["gpus"],
-        mem_mb=lambda wildcards, attempt: recipe_of(wildcards)["mem_mb"] * attempt,
-        runtime=lambda wildcards, attempt: recipe_of(wildcards)["runtime"] * attempt,
+        gpu=sized("distill_student", "gpu"),
+        gres=sized("distill_student", "gres"),
+        nodes=sized("distill_student", "nodes"),
+        processes=sized("distill_student", "processes"),
+        mem_mb=sized("distill_student", "mem_mb"),
+        runtime=sized("distill_student", "runtime"),
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
-        launcher=launcher,
+        launcher=launcher(),
         options=recipe_options,
         code=code("m2d.stages.distill"),
     shell:
         """
-        {params.launcher} distill {input.student} {params.model} {output} \
+        {params.launcher} {resources.nodes} {resources.processes} \
+            distill {input.student} {params.model} {output} \
             --tokens {input.tokens} {params.options} 2>{log}
         """

@@ -24,9 +24,9 @@ for evaluation in config["evaluations"]:
             "../envs/m2d.yaml"
         threads: 1
         resources:
-            gpu=gpus,
-            mem_mb=memory,
-            runtime=minutes,
+            gpu=sized("evaluate_teacher", "gpu", evaluation=evaluation),
+            mem_mb=sized("evaluate_teacher", "mem_mb", evaluation=evaluation),
+            runtime=sized("evaluate_teacher", "runtime", evaluation=evaluation),
         params:
             model=lambda wildcards: teacher_of(wildcards)["model"],
             out=evaluation_out,
@@ -60,9 +60,9 @@ for evaluation in config["evaluations"]:
             "../envs/m2d.yaml"
         threads: 1
         resources:
-            gpu=gpus,
-            mem_mb=memory,
-            runtime=minutes,
+            gpu=sized("evaluate_student", "gpu", evaluation=evaluation),
+            mem_mb=sized("evaluate_student", "mem_mb", evaluation=evaluation),
+            runtime=sized("evaluate_student", "runtime", evaluation=evaluation),
         params:
             out=evaluation_out,
             options=evaluation_options(evaluation),

@@ -24,9 +24,9 @@ checkpoint measure_grid:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        gpu=gpus,
-        mem_mb=memory,
-        runtime=minutes,
+        gpu=sized("measure_grid", "gpu"),
+        mem_mb=sized("measure_grid", "mem_mb"),
+        runtime=sized("measure_grid", "runtime"),
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         keeps=lambda wildcards: ",".join(map(str, teacher_of(wildcards)["keeps"])),

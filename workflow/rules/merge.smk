@@ -24,8 +24,8 @@ rule merge_student:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        mem_mb=memory,
-        runtime=minutes,
+        mem_mb=sized("merge_student", "mem_mb"),
+        runtime=sized("merge_student", "runtime"),
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         student=merge_settings,

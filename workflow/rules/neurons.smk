@@ -19,9 +19,9 @@ rule measure_neurons:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        gpu=gpus,
-        mem_mb=memory,
-        runtime=minutes,
+        gpu=sized("measure_neurons", "gpu"),
+        mem_mb=sized("measure_neurons", "mem_mb"),
+        runtime=sized("measure_neurons", "runtime"),
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         neurons=neurons_options,
@@ -53,8 +53,8 @@ rule merge_neurons:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        mem_mb=memory,
-        runtime=minutes,
+        mem_mb=sized("merge_neurons", "mem_mb"),
+        runtime=sized("merge_neurons", "runtime"),
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         choice=lambda wildcards: student_of(wildcards)["neurons"],

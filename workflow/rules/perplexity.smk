@@ -18,9 +18,9 @@ rule measure_teacher:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        gpu=gpus,
-        mem_mb=memory,
-        runtime=minutes,
+        gpu=sized("measure_teacher", "gpu"),
+        mem_mb=sized("measure_teacher", "mem_mb"),
+        runtime=sized("measure_teacher", "runtime"),
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         options=compute_options,
@@ -48,9 +48,9 @@ rule measure_student:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        gpu=gpus,
-        mem_mb=memory,
-        runtime=minutes,
+        gpu=sized("measure_student", "gpu"),
+        mem_mb=sized("measure_student", "mem_mb"),
+        runtime=sized("measure_student", "runtime"),
     params:
         options=compute_options,
         code=code("m2d.stages.perplexity"),

@@ -20,9 +20,9 @@ rule refit_student:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        gpu=gpus,
-        mem_mb=memory,
-        runtime=minutes,
+        gpu=sized("refit_student", "gpu"),
+        mem_mb=sized("refit_student", "mem_mb"),
+        runtime=sized("refit_student", "runtime"),
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         variant=refit_options,

@@ -18,9 +18,9 @@ rule compute_statistics:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        gpu=gpus,
-        mem_mb=memory,
-        runtime=minutes,
+        gpu=sized("compute_statistics", "gpu"),
+        mem_mb=sized("compute_statistics", "mem_mb"),
+        runtime=sized("compute_statistics", "runtime"),
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         options=compute_options,
@@ -46,9 +46,9 @@ rule compute_gram:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        gpu=gpus,
-        mem_mb=memory,
-        runtime=minutes,
+        gpu=sized("compute_gram", "gpu"),
+        mem_mb=sized("compute_gram", "mem_mb"),
+        runtime=sized("compute_gram", "runtime"),
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         options=compute_options,

@@ -16,3 +16,10 @@ rule tables:
     input:
         expand("<results>/tables/{pipeline}", pipeline=config["pipelines"]),
         expand("<results>/figures/{pipeline}", pipeline=config["pipelines"]),
+
+
+rule all_evals:
+    """Perplexities and scores of every pipeline."""
+    input:
+        [perplexities_of(pipeline) for pipeline in config["pipelines"]],
+        [evaluations_of(pipeline) for pipeline in config["pipelines"]],

@@ -18,8 +18,8 @@ rule make_tokens:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        mem_mb=lambda wildcards, attempt: 8000 * attempt,
-        runtime=lambda wildcards, attempt: 120 * attempt,
+        mem_mb=sized("make_tokens", "mem_mb"),
+        runtime=sized("make_tokens", "runtime"),
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         settings=token_settings,
