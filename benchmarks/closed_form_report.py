@@ -19,6 +19,30 @@ def values(seeds: list[dict[str, Any]], name: str, key: str) -> list[float]:
     return [seed[name][key] for seed in seeds if key in seed[name]]
 
 
+def with_chosen_rate(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The seeds with one `curve` and `rate` per distilled student in place of its `curves`.
+
+    The rate is that of the lowest mean KL at the end, over the seeds.
+    """
+    chosen = {}
+    for name, row in seeds[0].items():
+        if "curves" in row:
+            means = {
+                rate: statistics.mean(seed[name]["curves"][rate][-1]["kl"] for seed in seeds)
+                for rate in row["curves"]
+            }
+            chosen[name] = min(means, key=means.__getitem__)
+    return [
+        {
+            name: row | {"curve": row["curves"][chosen[name]], "rate": chosen[name]}
+            if name in chosen
+            else row
+            for name, row in seed.items()
+        }
+        for seed in seeds
+    ]
+
+
 def spread(numbers: list[float], digits: int = 1) -> str:
     """Mean and, of several, their standard deviation."""
     if not numbers:
@@ -63,8 +87,8 @@ def curve_table(seeds: list[dict[str, Any]], reference: str) -> list[str]:
     tokens = [int(point["tokens"]) for point in curves[reference][0]]  # type: ignore[index]
     heads = [f"{count:,}" for count in tokens]
     lines = [
-        f"| student | {' | '.join(heads)} | share of tokens to equal |",
-        "|---|" + "---:|" * (len(tokens) + 1),
+        f"| student | learning rate | {' | '.join(heads)} | share of tokens to equal |",
+        "|---|" + "---:|" * (len(tokens) + 2),
     ]
     for name, found in curves.items():
         cells = [
@@ -76,7 +100,7 @@ def curve_table(seeds: list[dict[str, Any]], reference: str) -> list[str]:
             for curve, goal in zip(found, curves[reference], strict=True)
         ]
         share = "not reached" if math.inf in shares else spread(shares, 2)
-        lines.append(f"| {name} | {' | '.join(cells)} | {share} |")
+        lines.append(f"| {name} | {seeds[0][name]['rate']} | {' | '.join(cells)} | {share} |")
     return lines
 
 
@@ -142,12 +166,14 @@ def text_of(found: dict[str, Any], image: str) -> str:
     seeds, settings = found["seeds"], found["settings"]
     reference = next(iter(seeds[0]))
     calibration = settings["calibration_sequences"] * settings["length"]
+    rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
     parts = [
         f"Teacher's perplexity: {found['teacher_perplexity']:.2f}. Mean ± standard deviation of "
         f"{len(seeds)} seeds; {calibration:,} calibration tokens, "
         f"{settings['test_sequences'] * settings['length']:,} test tokens; distillation by forward "
-        f"KL, AdamW at {settings['learning_rate']:g}, {settings['batch'] * settings['length']:,} "
-        f"tokens a step. Seconds are CPU seconds, of all threads together.\n",
+        f"KL, AdamW, {settings['batch'] * settings['length']:,} tokens a step, at that learning "
+        f"rate of {rates} which gives the student the lowest KL over the last quarter of the "
+        "steps. Seconds are CPU seconds, of all threads together.\n",
         "Before distillation:\n",
         "\n".join(before_table(seeds, reference)) + "\n",
         "Perplexity after so many distillation tokens; the last column is the share of the tokens "
@@ -163,6 +189,7 @@ def text_of(found: dict[str, Any], image: str) -> str:
 def write_report(measured: Path, document: Path) -> None:
     """Put the measurements' tables between the document's markers, and the figure beside it."""
     found = json.loads(measured.read_text(encoding="utf-8"))
+    found["seeds"] = with_chosen_rate(found["seeds"])
     name = document.stem
     draw(found, document.parent, name)
     text = document.read_text(encoding="utf-8") if document.exists() else f"{BEGIN}\n{END}\n"
