@@ -15,6 +15,7 @@ from m2d.errors import UserError
 COMMANDS = {
     "convert": ("m2d.conversion", "turn a teacher into a dense student, in one call"),
     "inspect": ("m2d.inspect", "facts and sizes of a teacher and its students, from its config"),
+    "plan": ("m2d.cost.plan", "what a target of the workflow will take, before it runs"),
     "calibrate": ("m2d.stages.calibrate", "make calibration tokens from text"),
     "stats": ("m2d.stages.stats", "routing statistics of every layer and expert"),
     "gram": ("m2d.stages.gram", "Gram statistics of every layer's experts"),

@@ -117,8 +117,9 @@ def resources_of(
     """What a job asks of the queue: gpu, gres, nodes, processes (GPUs a node), mem_mb, runtime.
 
     The teacher's `resources` (for distillation the recipe's own keys) stand above what sizes say.
-    Memory (MB, of a node) and run time (minutes) are multiplied by the attempt. GPUs of one node
-    are `gpu`; of several nodes, `gres` on each.
+    Memory (MB, of a node) and run time (minutes) are multiplied by the attempt; a distillation's
+    memory is doubled once, and its time is at most `hardware.hours` in each, since it goes on from
+    its checkpoint. GPUs of one node are `gpu`; of several nodes, `gres` on each.
     """
     hardware = hardware_of(config)
     distilling = rule == "distill_student"
@@ -129,6 +130,9 @@ def resources_of(
     gpus = (stated.get("gpus", need.gpus)) if uses_gpu else 0
     memory = stated.get("mem_mb", rounded(need.memory / 1e6 * MEMORY_MARGIN, 500))
     minutes = need.seconds(hardware) / 60 * TIME_MARGIN + START_MINUTES
+    runtime = stated.get("runtime", rounded(minutes, 5))
+    if distilling:
+        runtime = stated.get("runtime", min(runtime, ceil(hardware.hours * 60)))
     nodes = max(1, ceil(gpus / hardware.gpus_per_node))
     each = gpus // nodes
     return {
@@ -136,8 +140,8 @@ def resources_of(
         "gres": f"gpu:{each}" if nodes > 1 else None,
         "nodes": nodes,
         "processes": each,
-        "mem_mb": memory * attempt,
-        "runtime": stated.get("runtime", rounded(minutes, 5)) * attempt,
+        "mem_mb": memory * (min(attempt, 2) if distilling else attempt),
+        "runtime": runtime * (1 if distilling else attempt),
     }
 
 

@@ -3,8 +3,9 @@
 #      tokens/distillation.safetensors
 # out: <results>/{teacher}/students/{student}/{recipe}/
 #
-# A job that is killed or runs out of time goes on from its last checkpoint when it is started
-# again: checkpoints lie beside the output, in .{recipe}.checkpoints-*, until it is complete.
+# A job that is killed goes on from its last checkpoint when it is started again; one that would run
+# out of time saves a checkpoint and stops before, and its next attempt goes on. Checkpoints lie
+# beside the output, in .{recipe}.checkpoints-*, until it is complete.
 #
 # On how many GPUs and nodes it runs is no parameter: another number repeats nothing.
 
@@ -25,6 +26,7 @@ rule distill_student:
     conda:
         "../envs/m2d.yaml"
     threads: 1
+    retries: 4
     resources:
         gpu=sized("distill_student", "gpu"),
         gres=sized("distill_student", "gres"),
@@ -39,7 +41,7 @@ rule distill_student:
         code=code("m2d.stages.distill"),
     shell:
         """
-        {params.launcher} {resources.nodes} {resources.processes} \
+        {params.launcher} {resources.nodes} {resources.processes} {resources.runtime} \
             distill {input.student} {params.model} {output} \
             --tokens {input.tokens} {params.options} 2>{log}
         """
