@@ -23,10 +23,10 @@ rule distill_student:
         "<logs>/distill_student/{teacher}/{student}/{recipe}.log",
     benchmark:
         "<benchmarks>/distill_student/{teacher}/{student}/{recipe}.tsv"
+    retries: 4
     conda:
         "../envs/m2d.yaml"
     threads: 1
-    retries: 4
     resources:
         gpu=sized("distill_student", "gpu"),
         gres=sized("distill_student", "gres"),
