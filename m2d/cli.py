@@ -23,6 +23,8 @@ COMMANDS = {
     "grid": ("m2d.stages.grid", "perplexity of every configuration of one scoring method"),
     "neurons": ("m2d.stages.neurons", "what every single neuron contributes"),
     "merge": ("m2d.stages.merge", "write one student"),
+    "prune": ("m2d.stages.prune", "prune a dense teacher, for the dense-to-dense baseline"),
+    "baseline": ("m2d.stages.baseline", "a student with new weights in its FFNs, or everywhere"),
     "refit": ("m2d.stages.refit", "solve a student's down projections in closed form"),
     "perplexity": ("m2d.stages.perplexity", "perplexity of a teacher or student"),
     "distill": ("m2d.stages.distill", "train a student on its teacher's outputs"),

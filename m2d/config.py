@@ -24,11 +24,26 @@ RESERVED = {
     "teachers": {"corpus", "tasks", "tables", "figures", "benchmarks", "logs"},
     "recipes": {"merged", "refit"},
 }
+# Sizes of a student by structured pruning.
+SHAPE = ("layers", "hidden_size", "heads", "kv_heads", "intermediate_size")
 # What a student is made of -> the keys that it must have, and those that it may.
-STUDENT_KINDS = {
+STUDENT_KINDS: dict[str, tuple[set[str], set[str]]] = {
+    "d2d": ({"baseline", *SHAPE}, set()),
+    "random_ffn": ({"baseline"}, set()),
+    "random_init": ({"baseline"}, set()),
     "neurons": ({"neurons"}, {"width", "params", "refit", "weighting"}),
     "experts": ({"scoring", "grouping", "scaling", "keep"}, {"refit", "weighting"}),
 }
+
+
+def has_experts(teacher: Mapping[str, Any]) -> bool:
+    """Whether a teacher's entry is of a Mixture-of-Experts model."""
+    return "experts" in teacher
+
+
+def goes_with(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
+    """Whether a student is made from such a teacher: d2d from dense ones, all others from MoEs."""
+    return (student_kind(student) == "d2d") != has_experts(teacher)
 
 
 def load_config(path: str | Path, schema: str | Path) -> Config:
@@ -62,7 +77,7 @@ def check_config(values: Any, schema: str | Path) -> Config:
 
 def student_kind(student: Mapping[str, Any]) -> str:
     """What a student is made of: a key of STUDENT_KINDS."""
-    return next((kind for kind in STUDENT_KINDS if kind in student), "experts")
+    return str(student.get("baseline") or ("neurons" if "neurons" in student else "experts"))
 
 
 def _check_students(students: Mapping[str, Any]) -> None:
@@ -162,6 +177,9 @@ def _check_names(config: Config) -> None:
 def _check_sizes(config: Config) -> None:
     """Numbers that must agree with one another."""
     for name, teacher in config["teachers"].items():
+        _check_sizes_file(name, teacher)
+        if not has_experts(teacher):
+            continue
         experts, top_k = teacher["experts"], teacher["top_k"]
         if top_k > experts:
             raise UserError(
@@ -169,7 +187,6 @@ def _check_sizes(config: Config) -> None:
             )
         for i, keep in enumerate(teacher["keeps"]):
             _check_keep(keep, name, teacher, f"teachers.{name}.keeps.{i}")
-        _check_sizes_file(name, teacher)
     for name, recipe in config["recipes"].items():
         key = f"config: recipes.{name}"
         steps, peak = recipe["steps"], recipe["learning_rate"]
@@ -191,15 +208,33 @@ def _check_sizes(config: Config) -> None:
             )
     for name, pipeline in config["pipelines"].items():
         used_students = [*pipeline["students"], *(e["student"] for e in pipeline["distill"])]
-        for teacher in pipeline["teachers"]:
-            for student in used_students:
-                keep = config["students"][student].get("keep", config["teachers"][teacher]["top_k"])
-                key = f"pipelines.{name}: students.{student}.keep"
-                _check_keep(keep, teacher, config["teachers"][teacher], key)
-            recipes = {e["recipe"] for e in pipeline["distill"]} | {pipeline.get("best")} - {None}
-            if "sizes" not in config["teachers"][teacher]:
+        teachers = {t: config["teachers"][t] for t in pipeline["teachers"]}
+        with_experts = [t for t, entry in teachers.items() if has_experts(entry)]
+        if (pipeline["scorings"] or "best" in pipeline) and not with_experts:
+            raise UserError(f"config: pipelines.{name}.scorings: none of its teachers has experts")
+        for student in dict.fromkeys(used_students):
+            _check_student(config, name, student)
+        recipes = {e["recipe"] for e in pipeline["distill"]} | {pipeline.get("best")} - {None}
+        for teacher, entry in teachers.items():
+            if "sizes" not in entry:
                 for recipe in sorted(recipes):
                     _require_resources(config["recipes"][recipe], f"recipes.{recipe}", teacher)
+
+
+def _check_student(config: Config, pipeline: str, name: str) -> None:
+    """A student that a pipeline uses is made from one of its teachers, which has enough experts."""
+    student, teachers = config["students"][name], config["pipelines"][pipeline]["teachers"]
+    fitting = [t for t in teachers if goes_with(student, config["teachers"][t])]
+    if teachers and not fitting:
+        kind = "is dense" if student_kind(student) == "d2d" else "has experts"
+        raise UserError(
+            f"config: pipelines.{pipeline}: students.{name} is made from no teacher of it; none of "
+            f"{', '.join(teachers)} {kind}"
+        )
+    for teacher in fitting:
+        if "keep" in student:
+            key = f"pipelines.{pipeline}: students.{name}.keep"
+            _check_keep(student["keep"], teacher, config["teachers"][teacher], key)
 
 
 def _check_sizes_file(name: str, teacher: Mapping[str, Any]) -> None:
@@ -212,9 +247,10 @@ def _check_sizes_file(name: str, teacher: Mapping[str, Any]) -> None:
     except UserError as error:
         raise UserError(f"config: teachers.{name}.sizes: {error}") from None
     for key, found in (("experts", sizes.get("num_experts")), ("top_k", sizes.get("top_k"))):
-        if teacher[key] != found:
+        if teacher.get(key) != found:
             raise UserError(
-                f"config: teachers.{name}.{key}: {teacher[key]}, but {teacher['sizes']} has {found}"
+                f"config: teachers.{name}.{key}: {teacher.get(key)}, but {teacher['sizes']} has "
+                f"{found}"
             )
 
 

@@ -32,6 +32,14 @@ SCALINGS = {
     "mean_weight": "each expert's down projection is scaled by its mean routing weight",
     "least_squares": "each group's down projection is scaled to fit the routed output best",
 }
+BASELINES = {
+    "d2d": "{teacher} by structured pruning: the layers, channels, attention heads and "
+    "feed-forward neurons that matter most on calibration text were kept",
+    "random_ffn": "the Mixture-of-Experts model {teacher} by keeping its attention, norms and "
+    "embeddings beside newly initialised dense feed-forward networks",
+    "random_init": "nothing: it has the architecture of a dense student of {teacher}, and newly "
+    "initialised weights",
+}
 
 
 def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -> str:
@@ -42,6 +50,8 @@ def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None =
     - `teacher`: {`name`: hub id or folder name, `model_type`, `license`} or only the name
     - `student`: {`architecture`: class name, `parameters`: int}
     - `plan`: {`scoring`, `grouping`, `scaling`, `keep`, `groups`, `num_experts`, `moe_layers`}
+    - `baseline`: {`kind`: d2d, random_ffn or random_init, and for d2d its sizes}; absent for a
+      student that was made of experts
     - `calibration`: {`source`, `sequences`, `length`}
     - `refit`: {`variant`}; absent for a student whose down projections were not solved anew
     - `distillation`: {`source`, `tokens`, `steps`, `learning_rate`, `teacher_top_k`}; absent for
@@ -55,12 +65,14 @@ def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None =
     student = _section(provenance, "student")
     name = teacher.get("name")
     distillation = _section(provenance, "distillation")
+    baseline = _section(provenance, "baseline")
     parts = [
         _front_matter(name, teacher.get("license")),
         f"# A dense student of {name or 'a Mixture-of-Experts teacher'}\n",
-        _introduction(name, teacher, student, bool(distillation)),
+        _introduction(name, teacher, student, bool(distillation), baseline.get("kind")),
         "## How it was made\n",
         _plan(_section(provenance, "plan"))
+        + _sizes(baseline)
         + _calibration(_section(provenance, "calibration"))
         + _refit(_section(provenance, "refit"))
         + _distillation(distillation),
@@ -69,8 +81,8 @@ def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None =
         _licence(teacher.get("license")),
         f"Made with m2d {provenance.get('m2d_version', __version__)}, after "
         f"[Pruning and Distilling Mixture-of-Experts into Dense Language Models]({METHOD}). "
-        "`plan.json` names the experts of every layer; `m2d.json` holds the full settings and the "
-        "digests of what the student was made from.\n",
+        + ("" if baseline else "`plan.json` names the experts of every layer; ")
+        + "`m2d.json` holds the full settings and the digests of what the student was made from.\n",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -90,14 +102,22 @@ def _front_matter(name: str | None, licence: str | None) -> str:
 
 
 def _introduction(
-    name: str | None, teacher: dict[str, Any], student: dict[str, Any], distilled: bool
+    name: str | None,
+    teacher: dict[str, Any],
+    student: dict[str, Any],
+    distilled: bool,
+    baseline: str | None,
 ) -> str:
     kind = f" ({teacher['model_type']})" if teacher.get("model_type") else ""
-    text = (
-        f"An ordinary dense language model, made from the Mixture-of-Experts model "
-        f"{name or 'named in m2d.json'}{kind} by merging its experts into one feed-forward "
-        "network a layer"
-    )
+    called = f"{name or 'named in m2d.json'}{kind}"
+    if baseline is None:
+        text = (
+            f"An ordinary dense language model, made from the Mixture-of-Experts model {called} by "
+            "merging its experts into one feed-forward network a layer"
+        )
+    else:
+        text = f"An ordinary dense language model, made from {BASELINES[baseline]}"
+        text = text.format(teacher=called)
     text += ", then distilled from that teacher." if distilled else "; it was not trained further."
     if student.get("architecture"):
         text += f" It is a stock `{student['architecture']}`"
@@ -105,6 +125,13 @@ def _introduction(
             text += f" with {student['parameters']:,} parameters"
         text += " and needs no custom code."
     return text + "\n"
+
+
+def _sizes(baseline: dict[str, Any]) -> str:
+    """What pruning left of each axis."""
+    of = baseline.get("of") or {}
+    kept = [f"{baseline[key]} of {of[key]} {key.replace('_', ' ')}" for key in of]
+    return f"- Kept: {', '.join(kept)}.\n" if kept else ""
 
 
 def _plan(plan: dict[str, Any]) -> str:

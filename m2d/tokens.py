@@ -49,6 +49,12 @@ def read_tokens(path: str | Path, vocab_size: int | None = None) -> torch.Tensor
     return ids.long()
 
 
+def read_token_notes(path: str | Path) -> dict[str, str]:
+    """What a token file says of itself: source, tokenizer, sequences, length."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
 def read_documents(files: Sequence[str | Path]) -> Iterator[str]:
     """The documents of text files (one each), JSON lines or Parquet files (their `text`)."""
     for file in map(Path, files):

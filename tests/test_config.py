@@ -82,6 +82,16 @@ def test_paper_scale(original: dict[str, Any]) -> None:
          "students.neurons-refit: width and params exclude each other"),
         ("students.neurons-refit", {"neurons": "greedy", "weighting": "equal"},
          "students.neurons-refit.weighting: is of use with refit alone"),
+        ("students.d2d.layers", ..., "students.d2d: the key layers is missing; a student of d2d "
+         "has baseline, heads"),
+        ("students.d2d.baseline", "random_ffn", "not for a student of random_ffn, which has "
+         "baseline"),
+        ("students.do-acp-k4.layers", 4, "students.do-acp-k4.layers: not for a student of experts"),
+        ("pipelines.all_baselines.teachers", ["demo"], "students.d2d is made from no teacher of "
+         "it; none of demo is dense"),
+        ("pipelines.all_demo.teachers", ["demo-dense"], "pipelines.all_demo.scorings: none of its "
+         "teachers has experts"),
+        ("teachers.demo.experts", ..., "'experts' is a dependency of"),
         ("teachers.demo.keeps", [4, 33], "teachers.demo.keeps.1: 33 experts cannot be kept"),
         ("teachers.demo.top_k", 40, "teachers.demo.top_k: 40 is more than its 32 experts"),
         ("teachers.demo.tokens.test.dataset", "demo-tst", "teachers.demo.tokens.test.dataset: "

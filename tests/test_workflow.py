@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from workflow_project import (
     environment,
     jobs_of,
@@ -265,6 +266,50 @@ def test_refit_lies_between_merging_and_distilling(project: Path, stub: Path) ->
     change_config(project, "students", "neurons", width=32)
     jobs = jobs_of(snakemake(project, "--dry-run", "all_solved", stub=stub).stdout)
     assert "measure_neurons neurons=greedy-width-32" in jobs
+
+
+def test_baselines_are_made_and_distilled_like_any_student(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "p"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    dense = {**config["teachers"]["tiny"], "model": "dense"}
+    config["teachers"]["tiny-dense"] = {
+        key: value for key, value in dense.items() if key not in ("experts", "top_k", "keeps")
+    }
+    sizes = {"layers": 1, "hidden_size": 24, "heads": 2, "kv_heads": 2, "intermediate_size": 20}
+    config["students"] |= {"fresh": {"baseline": "random_ffn"}, "d2d": {"baseline": "d2d", **sizes}}
+    config["pipelines"]["all_baselines"] = {
+        "teachers": ["tiny", "tiny-dense"],
+        "students": ["do-acp"],
+        "distill": [{"student": name, "recipe": "short"} for name in ("do-acp", "fresh", "d2d")],
+    }
+    write_config(folder, config)
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings |= {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 40, "head_dim": 8}
+    Qwen3ForCausalLM(Qwen3Config(**settings, eos_token_id=0)).save_pretrained(folder / "dense")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / "teacher" / file, folder / "dense" / file)
+
+    jobs = jobs_of(snakemake(folder, "all_baselines").stdout)
+    assert [job for job in jobs if job.startswith(("merge", "prune", "initialise", "distill"))] == [
+        "distill_student recipe=short student=d2d teacher=tiny-dense",
+        "distill_student recipe=short student=fresh",
+        "initialise_student student=fresh",
+        "prune_student student=d2d teacher=tiny-dense",
+    ]
+    assert not any(job.startswith("compute") for job in jobs)
+    table = pd.read_parquet(folder / "results" / "tables" / "all_baselines" / "students.parquet")
+    rows = table[table["student"].notna()]
+    assert set(zip(rows["teacher"], rows["student"], rows["variant"], strict=True)) == {
+        (teacher, student, variant)
+        for teacher, student in (
+            ("tiny", "do-acp"),
+            ("tiny", "fresh"),
+            ("tiny-dense", "d2d"),
+        )
+        for variant in ("merged", "short")
+    }
+    assert rows["perplexity"].notna().all()
+    assert NOTHING in snakemake(folder, "all_baselines").stdout
 
 
 def test_killed_run_resumes(project: Path, stub: Path, run: Callable) -> None:

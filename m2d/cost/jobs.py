@@ -26,7 +26,7 @@ from m2d.cost.needs import (
 MEMORY_MARGIN = 1.25
 TIME_MARGIN = 2.0
 START_MINUTES = 15
-CPU_RULES = {"make_tokens", "merge_student", "merge_neurons"}
+CPU_RULES = {"make_tokens", "merge_student", "merge_neurons", "initialise_student"}
 
 Names = Mapping[str, str]
 
@@ -77,6 +77,10 @@ def need_of(config: Mapping[str, Any], rule: str, names: Names) -> Need | None:
     parameters = sizes["student_parameters"]
     if rule in ("merge_student", "merge_neurons"):
         return merge(sizes, item, student.get("keep", sizes["num_experts"]))
+    if rule == "initialise_student":
+        return merge(sizes, item, 0)
+    if rule == "prune_student":
+        return statistics(sizes, item, amount("calibration"))
     if rule == "refit_student":
         return refit(sizes, item, amount("calibration"))
     if rule == "measure_student":

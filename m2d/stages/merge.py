@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from m2d.choose.plan import Plan, check_keep, make_plan, plan_from_dict
 from m2d.choose.ranking import rankings_from_dict
 from m2d.errors import UserError
 from m2d.model_card import model_card
-from m2d.models.checkpoint import Checkpoint, write_checkpoint
+from m2d.models.checkpoint import Checkpoint, Spec, write_checkpoint
 from m2d.models.student import StudentTensors, build_student_skeleton, stored_shapes
 from m2d.models.teacher import Teacher, count_parameters, open_teacher, pick_dtype
 from m2d.options import DTYPES, positive
@@ -76,20 +76,44 @@ def write_student(
     specs = tensors.specs(plan)
     record = describe(teacher, plan, skeleton, raw.get("dtype", raw.get("torch_dtype")))
     record |= provenance or {}
+    return write_folder(
+        out,
+        teacher.folder,
+        raw,
+        specs,
+        lambda name: tensors.make(name, plan),
+        record,
+        {"plan.json": plan.to_dict()},
+    )
+
+
+def write_folder(
+    out: str | Path,
+    source: Path,
+    config: dict[str, Any],
+    specs: dict[str, Spec],
+    make: Callable[[str], torch.Tensor],
+    record: dict[str, Any],
+    others: dict[str, dict[str, Any]],
+) -> Path:
+    """Write a student's folder, whole or not at all: `make(name)` for every tensor of `specs`.
+
+    The tokenizer is that of the folder `source`; `record` becomes m2d.json and the model card;
+    `others` are further JSON files by name.
+    """
     with atomic_path(out) as folder:
         folder.mkdir()
-        bar: Iterator[str] = iter(progress(list(specs), "merging, tensors"))
+        bar: Iterator[str] = iter(progress(list(specs), "writing, tensors"))
 
         def tensor(name: str) -> torch.Tensor:
             next(bar)
-            return tensors.make(name, plan)
+            return make(name)
 
         write_checkpoint(folder, specs, tensor)
         next(bar, None)
-        copy_tokenizer(teacher.folder, folder)
-        write_into(folder, "config.json", raw)
-        write_into(folder, "plan.json", plan.to_dict())
-        write_into(folder, "m2d.json", record)
+        copy_tokenizer(source, folder)
+        for name, value in {"config.json": config, "m2d.json": record, **others}.items():
+            write_into(folder, name, value)
         (folder / "README.md").write_text(model_card(record), encoding="utf-8")
     return Path(out)
 
@@ -111,15 +135,8 @@ def describe(
     teacher: Teacher, plan: Plan, skeleton: torch.nn.Module, dtype: str | None
 ) -> dict[str, Any]:
     """What m2d.json says: the teacher, the student and the plan in short."""
-    about = {
-        "name": teacher.name,
-        "model_type": teacher.family.model_type,
-        "license": licence_of(teacher.folder),
-        "config_sha256": sha256_of(teacher.folder / "config.json"),
-    }
     return {
-        "m2d_version": __version__,
-        "teacher": {key: value for key, value in about.items() if value is not None},
+        **about_teacher(teacher),
         "student": {
             "architecture": teacher.family.student_architecture,
             "parameters": count_parameters(skeleton),
@@ -135,6 +152,20 @@ def describe(
             "digest": plan.digest(),
         },
         "dtype": dtype,
+    }
+
+
+def about_teacher(teacher: Teacher) -> dict[str, Any]:
+    """What every student's m2d.json says of m2d and of the teacher."""
+    about = {
+        "name": teacher.name,
+        "model_type": teacher.config.model_type,
+        "license": licence_of(teacher.folder),
+        "config_sha256": sha256_of(teacher.folder / "config.json"),
+    }
+    return {
+        "m2d_version": __version__,
+        "teacher": {key: value for key, value in about.items() if value is not None},
     }
 
 

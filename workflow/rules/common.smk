@@ -8,7 +8,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from m2d.best import best_configuration
-from m2d.config import check_config, student_kind
+from m2d.config import SHAPE, check_config, goes_with, has_experts, student_kind
 from m2d.cost.jobs import resources_of
 from m2d.digest import code_digest
 from m2d.errors import UserError
@@ -25,6 +25,10 @@ except UserError as error:
     raise WorkflowError(str(error)) from None
 
 
+# Students that the grid chooses, by scoring and grouping.
+BEST = "best-[a-z_]+-[a-z_]+"
+
+
 pathvars:
     results=config["results"],
     logs="<results>/logs",
@@ -33,7 +37,7 @@ pathvars:
 
 wildcard_constraints:
     teacher="|".join(config["teachers"]),
-    student="|".join([*config["students"], "best-[a-z_]+-[a-z_]+"]),
+    student="|".join([*config["students"], BEST]),
     recipe="|".join(config["recipes"]),
     variant="|".join(["merged", "refit", *config["recipes"]]),
     tokens="calibration|test|distillation",
@@ -163,12 +167,12 @@ def merge_code(wildcards):
     )
 
 
-# ---- neurons.smk
+# ---- neurons.smk, baselines.smk
 
 
-def students_of_kind(kind):
-    """A wildcard constraint: the config's students of one kind."""
-    names = [n for n, s in config["students"].items() if student_kind(s) == kind]
+def students_of_kind(*kinds):
+    """A wildcard constraint: the config's students of these kinds."""
+    names = [n for n, s in config["students"].items() if student_kind(s) in kinds]
     return "|".join(names) or "none of this kind"
 
 
@@ -191,6 +195,12 @@ def neurons_options(wildcards):
     """The name of neuron statistics as options: greedy-width-512 is --choice greedy --width 512."""
     choice, *size = wildcards.neurons.split("-")
     return f"--choice {choice}" + (f" --{size[0]} {size[1]}" if size else "")
+
+
+def shape_options(wildcards):
+    """A d2d student's sizes as options: hidden_size: 160 is --hidden-size 160."""
+    student = student_of(wildcards)
+    return " ".join(f"--{key.replace('_', '-')} {student[key]}" for key in SHAPE)
 
 
 # ---- refit.smk, distill.smk

@@ -2,7 +2,10 @@
 
 
 def runs_of(pipeline):
-    """(teacher, student, variant) of every student of a pipeline, merged and distilled, once."""
+    """(teacher, student, variant) of every student of a pipeline, merged and distilled, once.
+
+    Each student from those of its teachers that it goes with.
+    """
     settings = config["pipelines"][pipeline]
     pairs = [(student, "merged") for student in settings["students"]]
     for entry in settings["distill"]:
@@ -17,14 +20,21 @@ def runs_of(pipeline):
         (teacher, *pair)
         for teacher in settings["teachers"]
         for pair in dict.fromkeys(pairs)
+        if goes_with(config["students"].get(pair[0], {}), config["teachers"][teacher])
     ]
+
+
+def moe_teachers_of(pipeline):
+    """The teachers of a pipeline that have experts."""
+    teachers = config["pipelines"][pipeline]["teachers"]
+    return [teacher for teacher in teachers if has_experts(config["teachers"][teacher])]
 
 
 def grids_of(pipeline):
     settings = config["pipelines"][pipeline]
     return expand(
         "<results>/{teacher}/grid/{scoring}.parquet",
-        teacher=settings["teachers"],
+        teacher=moe_teachers_of(pipeline),
         scoring=settings["scorings"],
     )
 
@@ -63,13 +73,15 @@ def metrics_of(pipeline):
 
 
 def statistics_of(pipeline):
-    teachers = config["pipelines"][pipeline]["teachers"]
-    return expand("<results>/{teacher}/statistics.parquet", teacher=teachers)
+    return expand(
+        "<results>/{teacher}/statistics.parquet", teacher=moe_teachers_of(pipeline)
+    )
 
 
 def gram_of(pipeline):
-    teachers = config["pipelines"][pipeline]["teachers"]
-    return expand("<results>/{teacher}/gram.safetensors", teacher=teachers)
+    return expand(
+        "<results>/{teacher}/gram.safetensors", teacher=moe_teachers_of(pipeline)
+    )
 
 
 def rankings_of(pipeline):
@@ -83,7 +95,7 @@ def rankings_of(pipeline):
     return ancient(
         expand(
             "<results>/{teacher}/rankings/{scoring}.json",
-            teacher=settings["teachers"],
+            teacher=moe_teachers_of(pipeline),
             scoring=sorted(scorings - {None}),
         )
     )
