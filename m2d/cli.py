@@ -19,6 +19,7 @@ COMMANDS = {
     "calibrate": ("m2d.stages.calibrate", "make calibration tokens from text"),
     "stats": ("m2d.stages.stats", "routing statistics of every layer and expert"),
     "gram": ("m2d.stages.gram", "Gram statistics of every layer's experts"),
+    "combine": ("m2d.stages.combine", "add up statistics that several jobs took shares of"),
     "rank": ("m2d.stages.rank", "order the experts of every layer by one scoring method"),
     "grid": ("m2d.stages.grid", "perplexity of every configuration of one scoring method"),
     "neurons": ("m2d.stages.neurons", "what every single neuron contributes"),

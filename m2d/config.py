@@ -185,6 +185,13 @@ def _check_sizes(config: Config) -> None:
             raise UserError(
                 f"config: teachers.{name}.top_k: {top_k} is more than its {experts} experts"
             )
+        sequences = teacher["tokens"]["calibration"]["sequences"]
+        batches = -(-sequences // teacher["batch"])
+        if teacher.get("shares", 1) > batches:
+            raise UserError(
+                f"config: teachers.{name}.shares: {teacher['shares']} jobs cannot share {batches} "
+                f"batches ({sequences} calibration sequences, {teacher['batch']} at once)"
+            )
         for i, keep in enumerate(teacher["keeps"]):
             _check_keep(keep, name, teacher, f"teachers.{name}.keeps.{i}")
     for name, recipe in config["recipes"].items():

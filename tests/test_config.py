@@ -93,6 +93,7 @@ def test_paper_scale(original: dict[str, Any]) -> None:
          "teachers has experts"),
         ("teachers.demo.experts", ..., "'experts' is a dependency of"),
         ("teachers.demo.keeps", [4, 33], "teachers.demo.keeps.1: 33 experts cannot be kept"),
+        ("teachers.demo.shares", 9, "teachers.demo.shares: 9 jobs cannot share 8 batches (128"),
         ("teachers.demo.top_k", 40, "teachers.demo.top_k: 40 is more than its 32 experts"),
         ("teachers.demo.tokens.test.dataset", "demo-tst", "teachers.demo.tokens.test.dataset: "
          "unknown name in datasets 'demo-tst'; did you mean demo-test?"),

@@ -5,17 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, make_teacher
 from transformers import AutoModelForCausalLM
 
+from m2d import cli
 from m2d.choose.inputs import LayerStatistics
 from m2d.conversion import collect_statistics
 from m2d.errors import UserError
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
+from m2d.stages.combine import share_rows
 from m2d.stages.gram import inner_products
 from m2d.stages.stats import routing_sums
 from m2d.statistics import SUMS, read_layers, write_gram, write_routing
+from m2d.sums import LongSum
+from m2d.tokens import write_tokens
 
 CPU = torch.device("cpu")
 
@@ -176,3 +180,81 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "s").write_bytes(content)
     with pytest.raises(UserError, match="not a routing statistics file"):
         read_layers(tmp_path / "s", tmp_path / "s")
+
+
+def run(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def shares(tiny_teacher: Path, tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory):
+    """For stats and gram: the file of one job, and those of three shares; batches of 1."""
+    folder = tmp_path_factory.mktemp("shares")
+    write_tokens(folder / "tokens", tokens, {})
+    for kind in ("stats", "gram"):
+        options = ["--calibration", folder / "tokens", "--batch", 1]
+        assert run(kind, tiny_teacher, folder / kind, *options) == 0
+        for i in (1, 2, 3):
+            out = folder / f"{kind}-{i}"
+            assert run(kind, tiny_teacher, out, *options, "--share", f"{i}/3") == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["stats", "gram"])
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_shares_add_up_to_the_bytes_of_one_job(
+    shares: Path, tmp_path: Path, kind: str, order: tuple[int, ...]
+) -> None:
+    parts = [shares / f"{kind}-{i}" for i in order]
+    assert run("combine", tmp_path / "all", *parts) == 0
+    assert (tmp_path / "all").read_bytes() == (shares / kind).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (["stats-1", "stats-3"], "sequences 1 to 2 are missing"),
+        (["stats-1", "stats-2"], "sequences 3 to 4 are missing"),
+        (["stats-2", "stats-3"], "sequences 0 to 0 are missing"),
+        (["stats-1", "stats-2", "stats-2", "stats-3"], "sequences 1 to 2 stand in two shares"),
+        (["stats-1", "gram-2", "stats-3"], "kind is 'gram', but 'routing'"),
+        (["stats-1", "stats", "stats-3"], "not a share"),
+    ],
+)
+def test_shares_that_do_not_go_together(
+    shares: Path, tmp_path: Path, capsys: pytest.CaptureFixture, parts: list[str], message: str
+) -> None:
+    assert run("combine", tmp_path / "all", *(shares / part for part in parts)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+
+
+def test_shares_of_another_teacher(
+    shares: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = make_teacher(tmp_path / "other", seed=1)
+    options = ["--calibration", shares / "tokens", "--batch", 1, "--share", "3/3"]
+    assert run("stats", other, tmp_path / "third", *options) == 0
+    parts = [shares / "stats-1", shares / "stats-2", tmp_path / "third"]
+    assert run("combine", tmp_path / "all", *parts) == 2
+    assert "router_gram of layer 0 differs" in capsys.readouterr().err
+
+
+def test_shares_are_whole_batches() -> None:
+    rows = [share_rows((i, 3), sequences=11, batch=2) for i in (1, 2, 3)]
+    assert rows == [slice(0, 4), slice(4, 8), slice(8, 11)]
+    with pytest.raises(UserError, match="at most 3 shares"):
+        share_rows((1, 4), sequences=11, batch=4)
+
+
+def test_a_sum_keeps_what_rounding_takes() -> None:
+    """1e16 + 1 is not a float64; naively the ones below would all be lost."""
+    terms = [np.array([1e16]), *[np.array([1.0])] * 10, np.array([-1e16])]
+    forward, backward = LongSum(np.zeros(1)), LongSum(np.zeros(1))
+    for term in terms:
+        forward.add(term)
+    for term in reversed(terms):
+        backward.add(term)
+    forward.merge(backward)
+    assert backward.value == [10.0]
+    assert forward.value == [20.0]

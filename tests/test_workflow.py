@@ -134,6 +134,20 @@ def test_grid_and_students_agree(finished: Path) -> None:
     assert written["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
 
 
+def test_shared_statistics_are_those_of_one_job(finished: Path, tmp_path: Path) -> None:
+    project = Path(shutil.copytree(finished, tmp_path / "p"))
+    files = [f"results/tiny/{name}" for name in ("statistics.parquet", "gram.safetensors")]
+    change_config(project, "teachers", "tiny", batch=4)
+    assert len(jobs_of(snakemake(project, *files).stdout)) == 2
+    alone = [(project / file).read_bytes() for file in files]
+    change_config(project, "teachers", "tiny", shares=2)
+    jobs = jobs_of(snakemake(project, "--forcerun", "combine_statistics", "--", *files).stdout)
+    assert "compute_share kind=gram share=2 shares=2" in jobs
+    assert len(jobs) == 6
+    assert [(project / file).read_bytes() for file in files] == alone
+    assert not (project / "results/tiny/shares").exists()  # temporary
+
+
 def test_second_run_does_nothing(finished: Path) -> None:
     assert NOTHING in snakemake(finished, "--dry-run", "all_tiny").stdout
 

@@ -43,6 +43,12 @@ def router_logits(router: nn.Module, hidden: Tensor, float32: bool = False) -> T
     return functional.linear(hidden, weight, bias)
 
 
+def router_gram(router: nn.Module) -> Tensor:
+    """R [E, E]: inner products of the router's rows, float64."""
+    rows = cast(Tensor, router.weight).double()
+    return rows @ rows.T
+
+
 class _Recorder(nn.Module):
     """Stands where the experts stood: notes the routing and answers with `answer`."""
 

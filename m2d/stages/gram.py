@@ -9,7 +9,7 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +17,9 @@ from torch import Tensor, nn
 
 from m2d.choose.inputs import GramStatistics
 from m2d.models.experts import StackedExperts
-from m2d.models.stream import StreamedTeacher
-from m2d.models.teacher import open_teacher, pick_device, pick_dtype
-from m2d.options import add_compute_options
-from m2d.progress import say
-from m2d.stages.stats import provenance
-from m2d.statistics import write_gram
-from m2d.tokens import read_tokens
+from m2d.models.routers import router_gram
+from m2d.stages.combine import LayerSums, gram_statistics
+from m2d.stages.stats import add_statistics_options, collect
 
 # Memory that a chunk of tokens may take: all experts' outputs, and float32 copies of a part.
 CHUNK_BYTES = 400_000_000
@@ -84,9 +80,7 @@ class GramTotals:
     """Adds up Gram statistics by layer; its `visit` goes to StreamedTeacher.run."""
 
     def __init__(self) -> None:
-        self.sums: dict[int, Tensor] = {}  # float64 [E + 1, E + 1]: the experts and, last, y
-        self.weights: dict[int, tuple[Tensor, Tensor]] = {}
-        self.tokens: dict[int, int] = {}
+        self.layers: dict[int, LayerSums] = {}  # inner_products [E + 1, E + 1]: experts, then y
         self.outputs = torch.empty(0)  # reused: fresh memory for every chunk would cost a third
 
     def visit(
@@ -99,11 +93,10 @@ class GramTotals:
         weights: Tensor,
         norms: Tensor,
     ) -> None:
-        if layer not in self.sums:
-            count = experts.num_experts
-            self.sums[layer] = torch.zeros(count + 1, count + 1, dtype=torch.float64)
-            self.weights[layer] = (weight_gram(experts), router_gram(router))
-            self.tokens[layer] = 0
+        if layer not in self.layers:
+            own = {"weight_gram": weight_gram(experts), "router_gram": router_gram(router)}
+            same = {name: value.cpu().numpy() for name, value in own.items()}
+            self.layers[layer] = LayerSums(same=same)
         size = chunk_tokens(experts, hidden)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
@@ -112,23 +105,13 @@ class GramTotals:
                 self.outputs = hidden.new_empty(shape)
             outputs = every_expert(experts, hidden[rows], self.outputs)
             outputs[-1] = routed_output(outputs, index[rows], weights[rows])
-            self.sums[layer] += inner_products(outputs.flatten(1)).cpu()
-        self.tokens[layer] += len(hidden)
+            products = inner_products(outputs.flatten(1)).cpu().numpy()
+            tokens = np.float64(outputs.shape[1])
+            self.layers[layer].add({"inner_products": products, "n_tokens": np.asarray(tokens)})
 
     def result(self) -> dict[int, GramStatistics]:
         """Gram statistics by layer."""
-        return {layer: self._layer(layer) for layer in self.sums}
-
-    def _layer(self, layer: int) -> GramStatistics:
-        mean = np.asarray(self.sums[layer]) / self.tokens[layer]
-        weight, router = self.weights[layer]
-        return GramStatistics(
-            gram=mean[:-1, :-1],
-            output_dot=mean[:-1, -1],
-            output_sq_norm=float(mean[-1, -1]),
-            weight_gram=np.asarray(weight.cpu()),
-            router_gram=np.asarray(router.cpu()),
-        )
+        return {index: gram_statistics(layer) for index, layer in self.layers.items()}
 
 
 def every_expert(experts: StackedExperts, hidden: Tensor, outputs: Tensor) -> Tensor:
@@ -156,25 +139,11 @@ def weight_gram(experts: StackedExperts) -> Tensor:
     return torch.stack([inner_products(p) for p in experts.parameters_of_routed()]).sum(0)
 
 
-def router_gram(router: nn.Module) -> Tensor:
-    """R [E, E]: inner products of the router's rows."""
-    rows = cast(Tensor, router.weight).double()
-    return rows @ rows.T
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id")
     parser.add_argument("out", type=Path, help="the file to write, .safetensors")
-    parser.add_argument("--calibration", required=True, help="token file from m2d calibrate")
-    add_compute_options(parser)
+    add_statistics_options(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    teacher = open_teacher(args.teacher)
-    tokens = read_tokens(args.calibration, teacher.config.vocab_size)
-    dtype = pick_dtype(args.dtype, teacher.dtype)
-    totals = GramTotals()
-    stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
-    stream.run(tokens, args.batch, totals.visit, "Gram statistics, layers")
-    write_gram(args.out, totals.result(), provenance(teacher, args.calibration, dtype))
-    say(f"{args.out}: {len(totals.sums)} layers, {tokens.numel()} tokens")
+    collect(args, "gram", lambda _: GramTotals())

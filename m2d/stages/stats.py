@@ -1,13 +1,13 @@
 """Routing statistics: one pass of the calibration tokens through the teacher.
 
-Definitions: docs/method.md. Sums are float64, so that shares of the tokens add up.
+Definitions: docs/method.md. Sums are float64 or better, so that shares of the tokens add up.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,12 +15,19 @@ from m2d import __version__
 from m2d.artifacts import sha256_of
 from m2d.choose.inputs import RoutingStatistics
 from m2d.models.experts import StackedExperts
-from m2d.models.routers import PROBABILITIES, router_logits
+from m2d.models.routers import PROBABILITIES, router_gram, router_logits
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options
 from m2d.progress import say
-from m2d.statistics import write_routing
+from m2d.stages.combine import (
+    LayerSums,
+    parse_share,
+    routing_statistics,
+    share_rows,
+    write_share,
+    write_statistics,
+)
 from m2d.tokens import read_tokens
 
 
@@ -40,7 +47,7 @@ def routing_sums(
 
     norms = norms.double()
     return {
-        "n_tokens": torch.tensor(tokens),
+        "n_tokens": torch.tensor(tokens, dtype=torch.float64),
         "n_selected": by_expert(torch.ones_like(norms)),
         "prob_sum": probabilities.double().sum(0),
         "prob_sum_selected": by_expert(probabilities.gather(1, index)),
@@ -57,7 +64,7 @@ class RoutingTotals:
     def __init__(self, teacher: Teacher):
         self.probabilities = PROBABILITIES[teacher.family.probabilities]
         self.float32 = teacher.family.router_float32
-        self.sums: dict[int, dict[str, Tensor]] = {}
+        self.layers: dict[int, LayerSums] = {}
 
     def visit(
         self,
@@ -69,27 +76,17 @@ class RoutingTotals:
         weights: Tensor,
         norms: Tensor,
     ) -> None:
+        if layer not in self.layers:
+            # A share's mark of its teacher; no part of the finished statistics.
+            rows = router_gram(router).cpu().numpy()
+            self.layers[layer] = LayerSums(same={"router_gram": rows})
         logits = router_logits(router, hidden, self.float32)
         batch = routing_sums(self.probabilities(logits), index, weights, norms)
-        total = self.sums.setdefault(
-            layer, {name: torch.zeros_like(v) for name, v in batch.items()}
-        )
-        for name, value in batch.items():
-            total[name] += value
+        self.layers[layer].add({name: value.cpu().numpy() for name, value in batch.items()})
 
     def result(self) -> dict[int, RoutingStatistics]:
         """Routing statistics by layer."""
-        return {
-            layer: RoutingStatistics(
-                n_tokens=int(sums["n_tokens"]),
-                **{
-                    name: np.asarray(value.cpu())
-                    for name, value in sums.items()
-                    if name != "n_tokens"
-                },
-            )
-            for layer, sums in self.sums.items()
-        }
+        return {index: routing_statistics(layer) for index, layer in self.layers.items()}
 
 
 def provenance(teacher: Teacher, calibration: str | Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -107,16 +104,43 @@ def provenance(teacher: Teacher, calibration: str | Path, dtype: torch.dtype) ->
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id")
     parser.add_argument("out", type=Path, help="the file to write, .parquet")
+    add_statistics_options(parser)
+
+
+def add_statistics_options(parser: argparse.ArgumentParser) -> None:
+    """--calibration, --share and the compute options."""
     parser.add_argument("--calibration", required=True, help="token file from m2d calibrate")
+    parser.add_argument(
+        "--share",
+        type=parse_share,
+        metavar="I/N",
+        help="take this share of the sequences alone, and write a share's file (.safetensors); "
+        "m2d combine adds up all N",
+    )
     add_compute_options(parser)
 
 
-def main(args: argparse.Namespace) -> None:
+def collect(args: argparse.Namespace, kind: str, make: Callable[[Teacher], Any]) -> None:
+    """Run the calibration tokens, or a share of them, through the teacher and write the sums.
+
+    make(teacher) gives the totals: an object with `visit` and `layers`.
+    """
     teacher = open_teacher(args.teacher)
     tokens = read_tokens(args.calibration, teacher.config.vocab_size)
     dtype = pick_dtype(args.dtype, teacher.dtype)
-    totals = RoutingTotals(teacher)
+    rows = slice(0, len(tokens))
+    if args.share:
+        rows = share_rows(args.share, len(tokens), args.batch)
+    totals, about = make(teacher), provenance(teacher, args.calibration, dtype)
     stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
-    stream.run(tokens, args.batch, totals.visit, "routing statistics, layers")
-    write_routing(args.out, totals.result(), provenance(teacher, args.calibration, dtype))
-    say(f"{args.out}: {len(totals.sums)} layers, {tokens.numel()} tokens")
+    stream.run(tokens[rows], args.batch, totals.visit, f"{kind} statistics, layers")
+    if args.share:
+        about["share"] = [rows.start, rows.stop, len(tokens)]
+        write_share(args.out, kind, totals.layers, about)
+    else:
+        write_statistics(args.out, kind, totals.layers, about)
+    say(f"{args.out}: {len(totals.layers)} layers, {tokens[rows].numel()} tokens")
+
+
+def main(args: argparse.Namespace) -> None:
+    collect(args, "routing", RoutingTotals)

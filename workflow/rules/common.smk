@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -103,6 +104,31 @@ def text_files(wildcards):
 def text_source(wildcards, input):
     dataset = config["datasets"][token_settings(wildcards)["dataset"]]
     return f"--dataset {dataset['hub']}" if "hub" in dataset else f"--text {input.text}"
+
+
+# ---- statistics.smk
+
+
+def shares_of(teacher):
+    """Jobs that share a teacher's statistics; None where one takes all."""
+    return config["teachers"][teacher].get("shares")
+
+
+def any_of(names):
+    """A wildcard's constraint: one of these names; nothing at all where there are none."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+# The command that takes shares of a statistics file.
+SHARED_BY = {"statistics.parquet": "stats", "gram.safetensors": "gram"}
+
+
+def share_files(wildcards):
+    kind, shares = SHARED_BY[wildcards.statistics], shares_of(wildcards.teacher)
+    return [
+        f"<results>/{wildcards.teacher}/shares/{kind}-{i}-of-{shares}.safetensors"
+        for i in range(1, shares + 1)
+    ]
 
 
 # ---- rank.smk, merge.smk

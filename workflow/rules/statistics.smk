@@ -1,6 +1,9 @@
 # What the calibration tokens say of the experts: everything about choosing them follows from this.
 # in:  a teacher, <results>/{teacher}/tokens/calibration.safetensors
 # out: <results>/{teacher}/statistics.parquet, gram.safetensors
+#
+# A teacher with `shares: N` has N jobs take a share of the sequences each, for both kinds, and one
+# more add them up: bit for bit what one job would compute.
 
 
 rule compute_statistics:
@@ -14,6 +17,8 @@ rule compute_statistics:
         "<logs>/compute_statistics/{teacher}.log",
     benchmark:
         "<benchmarks>/compute_statistics/{teacher}.tsv"
+    wildcard_constraints:
+        teacher=any_of(name for name in config["teachers"] if not shares_of(name)),
     conda:
         "../envs/m2d.yaml"
     threads: 1
@@ -42,6 +47,8 @@ rule compute_gram:
         "<logs>/compute_gram/{teacher}.log",
     benchmark:
         "<benchmarks>/compute_gram/{teacher}.tsv"
+    wildcard_constraints:
+        teacher=any_of(name for name in config["teachers"] if not shares_of(name)),
     conda:
         "../envs/m2d.yaml"
     threads: 1
@@ -56,4 +63,64 @@ rule compute_gram:
     shell:
         """
         m2d gram {params.model} {output} --calibration {input.calibration} {params.options} 2>{log}
+        """
+
+
+rule compute_share:
+    """A share of the routing (stats) or Gram statistics (gram)."""
+    input:
+        calibration="<results>/{teacher}/tokens/calibration.safetensors",
+        teacher=teacher_files,
+    output:
+        temp("<results>/{teacher}/shares/{kind}-{share}-of-{shares}.safetensors"),
+    log:
+        "<logs>/compute_share/{teacher}/{kind}-{share}-of-{shares}.log",
+    benchmark:
+        "<benchmarks>/compute_share/{teacher}/{kind}-{share}-of-{shares}.tsv"
+    wildcard_constraints:
+        kind="stats|gram",
+        share="[0-9]+",
+        shares="[0-9]+",
+    conda:
+        "../envs/m2d.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=memory,
+        runtime=minutes,
+    params:
+        model=lambda wildcards: teacher_of(wildcards)["model"],
+        options=compute_options,
+        code=lambda wildcards: code(f"m2d.stages.{wildcards.kind}"),
+    shell:
+        """
+        m2d {wildcards.kind} {params.model} {output} --calibration {input.calibration} \
+            --share {wildcards.share}/{wildcards.shares} {params.options} 2>{log}
+        """
+
+
+rule combine_statistics:
+    """Add up the shares of the routing or Gram statistics."""
+    input:
+        share_files,
+    output:
+        "<results>/{teacher}/{statistics}",
+    log:
+        "<logs>/combine_statistics/{teacher}/{statistics}.log",
+    benchmark:
+        "<benchmarks>/combine_statistics/{teacher}/{statistics}.tsv"
+    wildcard_constraints:
+        teacher=any_of(filter(shares_of, config["teachers"])),
+        statistics=any_of(SHARED_BY),
+    conda:
+        "../envs/m2d.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        code=code("m2d.stages.combine"),
+    shell:
+        """
+        m2d combine {output} {input} 2>{log}
         """
