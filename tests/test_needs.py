@@ -8,7 +8,7 @@ from test_family_sizes import DEEPSEEK_V2_LITE, EMO_1B_14B, GPT_OSS_20B, QWEN3_3
 from workflow_project import REPOSITORY
 
 from m2d.config import load_config
-from m2d.cost.jobs import resources_of, with_student
+from m2d.cost.jobs import need_of, resources_of, with_student
 from m2d.cost.needs import (
     Hardware,
     distillation,
@@ -180,6 +180,17 @@ def test_memory_and_time_grow_with_attempts_and_can_be_stated() -> None:
     config["teachers"]["qwen3-30b-a3b"]["resources"] = {"mem_mb": 123}
     stated = resources_of(config, "compute_gram", names, 1)
     assert stated == {**first, "mem_mb": 123}
+
+
+def test_a_share_takes_its_part_of_the_time() -> None:
+    config = load_config(
+        REPOSITORY / "config.yaml", REPOSITORY / "workflow/schemas/config.schema.yaml"
+    )
+    names = {"teacher": "qwen3-30b-a3b", "kind": "gram", "shares": "4"}
+    whole, share = (need_of(config, rule, names) for rule in ("compute_gram", "compute_share"))
+    assert whole is not None
+    assert share is not None
+    assert share.flops == pytest.approx(whole.flops / 4)
 
 
 def test_a_file_that_is_no_sizes(tmp_path: Path) -> None:

@@ -62,6 +62,9 @@ def need_of(config: Mapping[str, Any], rule: str, names: Names) -> Need | None:
         return statistics(sizes, item, amount("calibration"))
     if rule == "compute_gram":
         return gram(sizes, item, amount("calibration"))
+    if rule == "compute_share":
+        part = ceil(amount("calibration") / int(names["shares"]))
+        return (gram if names["kind"] == "gram" else statistics)(sizes, item, part)
     if rule == "measure_grid":
         methods = (len(config["grid"]["groupings"]), len(config["grid"]["scalings"]))
         return grid(sizes, item, amount("test"), teacher["keeps"], *methods)

@@ -85,9 +85,9 @@ rule compute_share:
         "../envs/m2d.yaml"
     threads: 1
     resources:
-        gpu=gpus,
-        mem_mb=memory,
-        runtime=minutes,
+        gpu=sized("compute_share", "gpu"),
+        mem_mb=sized("compute_share", "mem_mb"),
+        runtime=sized("compute_share", "runtime"),
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         options=compute_options,
