@@ -290,7 +290,9 @@ def recipe_options(wildcards):
 
 def launcher():
     """The script that starts a distillation, on any number of GPUs and nodes."""
-    return config.get("launcher", workflow.source_path("../scripts/launch.sh"))
+    # Not workflow.source_path: a copy in a cache, not executable, at another place in every run.
+    script = Path(workflow.basedir, "scripts", "launch.sh")
+    return config.get("launcher", os.path.relpath(script))
 
 
 # ---- evaluate.smk
