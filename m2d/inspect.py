@@ -90,6 +90,9 @@ def inspect_dense(model: str) -> dict[str, Any]:
         "family": config.model_type,
         "num_layers": len(layers),
         "hidden_size": int(config.hidden_size),
+        "head_dim": int(
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        ),
         "vocab_size": int(config.vocab_size),
         "dtype": str(dtype_of(config, folder)).removeprefix("torch."),
         "teacher_parameters": total,

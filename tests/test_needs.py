@@ -98,6 +98,16 @@ def test_students_of_other_widths(tmp_path: Path) -> None:
     assert with_student(sizes, {"keep": 8}) == sizes
 
 
+def test_the_published_pruned_student() -> None:
+    shape = {"layers": 48, "hidden_size": 2048, "heads": 32, "kv_heads": 8}
+    student = {"baseline": "d2d", **shape, "intermediate_size": 6144}
+    sizes = with_student(read_sizes(str(SIZES / "qwen3-32b.json")), student)
+    assert sizes["student_parameters"] == 3_441_113_088
+    recipe = {"steps": 3, "batch": 8, "device_batch": 2}
+    need = distillation(sizes, 2, recipe, 10, Hardware())
+    assert need.flops == (2 * 32_762_123_264 + 6 * 3_441_113_088) * 240
+
+
 def test_passes_over_the_calibration_tokens() -> None:
     need = statistics(SMALL, 2, 10)
     assert need.flops == 2 * 600 * 10

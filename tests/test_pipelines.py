@@ -22,7 +22,7 @@ PAPER_TEACHERS = {
 }  # fmt: skip
 PIPELINES = {
     "all_demo", "all_closed_form", "all_grid", "all_grid_distill", "all_headline", "all_deepseek",
-    "all_gptoss", "all_emo", "all_stdmoe", "all_base_ab", "all_expanded_routing",
+    "all_gptoss", "all_baselines", "all_emo", "all_stdmoe", "all_base_ab", "all_expanded_routing",
 }  # fmt: skip
 
 
@@ -113,13 +113,15 @@ def test_a_grid_has_350_configurations() -> None:
         # 35 of the grid's best pairs, and DO-ACP K=8 for the comparison with the base model.
         ("qwen3-30b-a3b", "paper-300m", 36),
         ("qwen3-30b-a3b-base", "paper-300m", 1),
-        ("qwen3-30b-a3b", "paper-4b", 2),
+        # DO-ACP K=8, SF K=16 in clusters, and new FFNs; D2D is pruned from the dense model.
+        ("qwen3-30b-a3b", "paper-4b", 3),
+        ("qwen3-32b", "paper-4b", 1),
         ("qwen3-30b-a3b", "paper-4b-expanded", 1),
-        # Four scoring methods at two values of K.
-        ("deepseek-v2-lite", "paper-300m", 8),
-        ("gpt-oss-20b", "paper-300m", 8),
-        ("emo", "paper-300m", 8),
-        ("stdmoe", "paper-300m", 8),
+        # Four scoring methods at two values of K, new FFNs, and everything new.
+        ("deepseek-v2-lite", "paper-300m", 10),
+        ("gpt-oss-20b", "paper-300m", 10),
+        ("emo", "paper-300m", 10),
+        ("stdmoe", "paper-300m", 10),
     ],
 )
 def test_distillations(jobs: list[Job], teacher: str, recipe: str, number: int) -> None:
@@ -142,6 +144,9 @@ def test_headline(jobs: list[Job]) -> None:
         for variant in ("merged", "paper-4b"):
             assert count(jobs, "measure_student", **own, variant=variant) == 1
             assert count(jobs, "evaluate_student", **own, variant=variant) == 4
+    assert count(jobs, "prune_student", teacher="qwen3-32b") == 1
+    assert count(jobs, "initialise_student", teacher="qwen3-30b-a3b") == 1
+    assert count(jobs, "compute", teacher="qwen3-32b") == 0
 
 
 def test_jobs_ask_for_what_their_teacher_needs(jobs: list[Job]) -> None:
@@ -161,5 +166,7 @@ def test_jobs_ask_for_what_their_teacher_needs(jobs: list[Job]) -> None:
     # Two whole nodes: at 4e14 * 0.4 operations a second one takes 29 hours, more than 24.
     long = of("distill_student", teacher="qwen3-30b-a3b", recipe="paper-4b")
     assert (long["nodes"], long["gres"], "gpu" in long) == ("2", "gpu:8", False)
+    pruned = of("distill_student", teacher="qwen3-32b")
+    assert (pruned["nodes"], pruned["gres"]) == ("4", "gpu:8")
     short = of("distill_student", teacher="emo", recipe="paper-300m")
     assert (short["nodes"], short["gpu"], "gres" in short) == ("1", "1", False)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
+from m2d.config import student_kind
 from m2d.cost.needs import (
     BYTES,
     Hardware,
@@ -75,6 +76,8 @@ def need_of(config: Mapping[str, Any], rule: str, names: Names) -> Need | None:
         return evaluation(total, active, item, scored_tokens(config, names), hardware)
     if rule == "measure_neurons":
         return gram(sizes, item, amount("calibration"))
+    if rule == "prune_student":
+        return statistics(sizes, item, amount("calibration"))
     student = config["students"].get(names["student"], {})
     sizes = with_student(sizes, student)
     parameters = sizes["student_parameters"]
@@ -82,8 +85,6 @@ def need_of(config: Mapping[str, Any], rule: str, names: Names) -> Need | None:
         return merge(sizes, item, student.get("keep", sizes["num_experts"]))
     if rule == "initialise_student":
         return merge(sizes, item, 0)
-    if rule == "prune_student":
-        return statistics(sizes, item, amount("calibration"))
     if rule == "refit_student":
         return refit(sizes, item, amount("calibration"))
     if rule == "measure_student":
@@ -97,7 +98,9 @@ def need_of(config: Mapping[str, Any], rule: str, names: Names) -> Need | None:
 
 
 def with_student(sizes: Sizes, student: Mapping[str, Any]) -> Sizes:
-    """A teacher's sizes with those of one student of the config, of any width."""
+    """A teacher's sizes with those of one student of the config, of any width or pruned."""
+    if student_kind(student) == "d2d":
+        return with_pruned(sizes, student)
     width, parameters = sizes["students"][0]["intermediate_size"], sizes["student_parameters"]
     per_neuron = 3 * sizes["hidden_size"] * sizes["num_moe_layers"]
     if "width" in student:
@@ -110,6 +113,24 @@ def with_student(sizes: Sizes, student: Mapping[str, Any]) -> Sizes:
         **sizes,
         "student_parameters": parameters + more * per_neuron,
         "students": [{"intermediate_size": width + more}],
+    }
+
+
+def with_pruned(sizes: Sizes, student: Mapping[str, Any]) -> Sizes:
+    """A dense teacher's sizes with those of a pruned student: heads keep their size.
+
+    A layer has the projections of attention, norms of queries and keys, an FFN and two norms.
+    """
+    hidden, width, head = student["hidden_size"], student["intermediate_size"], sizes["head_dim"]
+    attention = 2 * hidden * head * (student["heads"] + student["kv_heads"]) + 2 * head
+    layer = attention + 3 * hidden * width + 2 * hidden
+    ends = 2 * sizes["vocab_size"] * hidden + hidden
+    return {
+        **sizes,
+        "num_layers": student["layers"],
+        "hidden_size": hidden,
+        "student_parameters": student["layers"] * layer + ends,
+        "students": [{"intermediate_size": width}],
     }
 
 

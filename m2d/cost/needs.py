@@ -227,10 +227,10 @@ def distillation(
     student, layers = sizes["student_parameters"], sizes["num_layers"]
     hidden, width = sizes["hidden_size"], sizes["students"][0]["intermediate_size"]
     device_batch = recipe.get("device_batch", 1)
-    extra = max(recipe.get("teacher_top_k", sizes["top_k"]) - sizes["top_k"], 0)
-    active = sizes["active_parameters"] + (
-        extra * sizes["expert_parameters"] * sizes["num_moe_layers"]
-    )
+    active = sizes["active_parameters"]
+    if "teacher_top_k" in recipe:
+        extra = recipe["teacher_top_k"] - sizes["top_k"]
+        active += extra * sizes["expert_parameters"] * sizes["num_moe_layers"]
     again = recipe.get("gradient_checkpointing", False)
     tokens = recipe["steps"] * recipe.get("batch", device_batch) * length
     layer = 24 * hidden + 8 * width
