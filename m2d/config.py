@@ -144,6 +144,13 @@ def _check_names(config: Config) -> None:
     for name, teacher in config["teachers"].items():
         for use, tokens in teacher["tokens"].items():
             known("datasets", tokens["dataset"], f"teachers.{name}.tokens.{use}.dataset")
+    for name, dataset in config["datasets"].items():
+        for part in dataset.get("mix", ()):
+            key = f"datasets.{name}.mix.{part}"
+            known("datasets", part, key)
+            inner = config["datasets"][part]
+            if "mix" in inner or len(inner.get("files", ())) > 1:
+                raise UserError(f"config: {key}: is itself of several parts; name them here")
     where: dict[str, str] = {}
     for name, evaluation in config["evaluations"].items():
         for task in evaluation["tasks"]:

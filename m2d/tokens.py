@@ -12,6 +12,7 @@ from m2d.artifacts import atomic_path
 from m2d.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
 
 
 def write_tokens(path: str | Path, input_ids: torch.Tensor, metadata: dict[str, str]) -> None:
@@ -56,14 +57,28 @@ def read_token_notes(path: str | Path) -> dict[str, str]:
 
 
 def read_documents(files: Sequence[str | Path]) -> Iterator[str]:
-    """The documents of text files (one each), JSON lines or Parquet files (their `text`)."""
-    for file in map(Path, files):
-        if not file.is_file():
-            raise UserError(f"{file}: no such file")
+    """The documents of text files (one each), JSON lines or Parquet files (their `text`).
+
+    Of a folder, those of all such files in it and below, in the order of their paths.
+    """
+    for file in _files(files):
         try:
             yield from _documents_of(file)
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, OSError) as error:
             raise UserError(f"{file}: no text can be read from it ({error!r})") from None
+
+
+def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+            if not inside:
+                raise UserError(f"{path}: no text file in this folder ({', '.join(SUFFIXES)})")
+            yield from inside
+        elif path.is_file():
+            yield path
+        else:
+            raise UserError(f"{path}: no such file")
 
 
 def _documents_of(file: Path) -> Iterator[str]:
@@ -79,5 +94,4 @@ def _documents_of(file: Path) -> Iterator[str]:
     elif file.suffix in TEXT_SUFFIXES:
         yield file.read_text(encoding="utf-8")
     else:
-        known = ", ".join((*TEXT_SUFFIXES, ".jsonl", ".parquet"))
-        raise UserError(f"{file}: unknown kind of text file; known: {known}")
+        raise UserError(f"{file}: unknown kind of text file; known: {', '.join(SUFFIXES)}")

@@ -82,6 +82,11 @@ def test_paper_scale(original: dict[str, Any]) -> None:
          "students.neurons-refit: width and params exclude each other"),
         ("students.neurons-refit", {"neurons": "greedy", "weighting": "equal"},
          "students.neurons-refit.weighting: is of use with refit alone"),
+        ("datasets.demo-test", {"mix": {"demo-trian": 1, "wikitext-2": 2}}, "demo-test.mix."
+         "demo-trian: unknown name in datasets 'demo-trian'; did you mean demo-train?"),
+        ("datasets.demo-test", {"mix": {"demo-test": 1, "wikitext-2": 2}}, "demo-test.mix."
+         "demo-test: is itself of several parts"),
+        ("datasets.demo-test", {"mix": {"demo-train": 0, "wikitext-2": 2}}, "mix.demo-train: 0 is"),
         ("students.d2d.layers", ..., "students.d2d: the key layers is missing; a student of d2d "
          "has baseline, heads"),
         ("students.d2d.baseline", "random_ffn", "not for a student of random_ffn, which has "

@@ -391,6 +391,48 @@ def test_mixtures_hold_their_shares_from_the_beginning() -> None:
         next(mixture([([], 0)]))
 
 
+def test_calibrate_mixes_sources(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A file and a folder, 3 : 1, as the functions have it; a file alone as in memory."""
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "folder").mkdir()
+    texts = {name: [f"{name} {i} " * 9 for i in range(300)] for name in ("one", "two", "three")}
+    lines = {name: [json.dumps({"text": text}) for text in found] for name, found in texts.items()}
+    one = tmp_path / "one.jsonl"
+    one.write_text("\n".join(lines["one"]))
+    (tmp_path / "folder" / "b.jsonl").write_text("\n".join(lines["three"]))
+    (tmp_path / "folder" / "a.jsonl").write_text("\n".join(lines["two"]))
+    command = ["calibrate", str(tmp_path / "teacher"), "OUT", "--sequences", "50", "--length", "32"]
+
+    def ids_of(*source: str) -> torch.Tensor:
+        out = tmp_path / "tokens.safetensors"
+        assert main([*(str(out) if word == "OUT" else word for word in command), *source]) == 0
+        return load_file(out)["input_ids"]
+
+    tokenizer = make_tokenizer()
+    alone = ids_of("--text", str(one))
+    assert torch.equal(alone, pack_tokens(texts["one"], tokenizer, 32, 50))
+    both = ids_of("--mix", "3", str(one), "--mix", "1", str(tmp_path / "folder"))
+    parts = [(texts["one"], 3.0), (texts["two"] + texts["three"], 1.0)]
+    assert torch.equal(both, pack_tokens(mixture(parts), tokenizer, 32, 50))
+    assert not torch.equal(both, alone)
+    with safe_open(tmp_path / "tokens.safetensors", "np") as file:
+        assert file.metadata()["source"] == f"3 {one} + 1 {tmp_path / 'folder'}"
+    before = (tmp_path / "tokens.safetensors").read_bytes()
+    for weight, source, message in (
+        ("0", str(one), "the weight must be a number above 0"),
+        ("much", str(one), "the weight must be a number above 0"),
+        ("1", str(tmp_path / "missing.txt"), "no such file"),
+        ("1", str(tmp_path / "teacher"), "no text file in this folder"),
+        ("1", str(one), "not 5000; give more text"),
+    ):
+        words = [str(tmp_path / "tokens.safetensors") if w == "OUT" else w for w in command]
+        words[words.index("50")] = "5000"
+        capsys.readouterr()
+        assert main([*words, "--mix", weight, source]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "tokens.safetensors").read_bytes() == before
+
+
 def test_every_epoch_is_a_permutation(place: Path) -> None:
     tokens = PackedTokens(place / "tokens.safetensors", seed=3, items=100)
     rows = [int(tokens[i]["row"]) for i in range(100)]

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from m2d.artifacts import atomic_path
 from m2d.errors import UserError
+from m2d.progress import progress
 
 # Documents that go to the tokenizer at once, so that a fast tokenizer can use its threads.
 DOCUMENTS_AT_ONCE = 256
@@ -88,7 +89,8 @@ def write_packed(
         room = len(packed_header(2**40, length, metadata))
         file.write(b" " * room)
         rows = 0
-        for row in itertools.islice(iterate_packed(documents, tokenizer, length), sequences):
+        packed = itertools.islice(iterate_packed(documents, tokenizer, length), sequences)
+        for row in progress(packed, "tokens, sequences", total=sequences):
             file.write(row.astype("<i8").tobytes())
             rows += 1
         require_filled(rows, length, sequences)

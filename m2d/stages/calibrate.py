@@ -1,6 +1,7 @@
 """Calibration tokens: text to packed `input_ids`, int64 [sequences, length].
 
-The same command makes test and distillation tokens; only the text differs.
+The same command makes test and distillation tokens; only the text differs. Text is read as a
+stream, so the file may be larger than memory; it appears when it is complete.
 """
 
 import argparse
@@ -10,19 +11,22 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from m2d.distill.data import pack_tokens
+from m2d.distill.data import mixture, pack_tokens, write_packed
 from m2d.errors import UserError
 from m2d.models.teacher import locate
 from m2d.options import positive
 from m2d.progress import say
-from m2d.tokens import read_documents, write_tokens
+from m2d.tokens import SUFFIXES, read_documents
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """--text and --dataset, of which one is given; the group, for more of the kind."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--text", nargs="+", metavar="FILE", help=".txt, .md, .jsonl or .parquet (field text)"
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help=".txt, .md, .rst, .jsonl or .parquet (field text), or folders of such",
     )
     source.add_argument(
         "--dataset", metavar="NAME[:SPLIT[:COLUMN]]", help="through datasets, streamed"
@@ -33,7 +37,14 @@ def add_text_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id whose tokenizer is used")
     parser.add_argument("out", type=Path, help="the file to write, .safetensors")
-    add_text_options(parser)
+    add_text_options(parser).add_argument(
+        "--mix",
+        nargs=2,
+        action="append",
+        metavar=("WEIGHT", "SOURCE"),
+        help="a part of a mixture: its share of the characters, and a text file, a folder or a "
+        "dataset; give one for each part",
+    )
     parser.add_argument("--sequences", type=positive, default=512, help="(default: 512)")
     parser.add_argument("--length", type=positive, default=2048, help="tokens each (default: 2048)")
 
@@ -78,8 +89,32 @@ def tokens_from(
     return pack_tokens(documents, load_tokenizer(model), length, sequences)
 
 
+def mixed_documents(parts: Sequence[tuple[str, str]]) -> Iterable[str]:
+    """The documents of (weight, source) pairs, interleaved by weight."""
+    sources = []
+    for weight, source in parts:
+        try:
+            share = float(weight)
+        except ValueError:
+            share = 0.0
+        if not 0 < share < float("inf"):
+            raise UserError(f"--mix {weight} {source}: the weight must be a number above 0")
+        local = Path(source).exists() or Path(source).suffix in SUFFIXES
+        documents = read_documents([source]) if local else dataset_documents(source)
+        sources.append((documents, share))
+    return mixture(sources)
+
+
 def main(args: argparse.Namespace) -> None:
-    ids = tokens_from(args.teacher, args.text, args.dataset, args.length, args.sequences)
-    source = ", ".join(Path(f).name for f in args.text) if args.text else args.dataset
-    write_tokens(args.out, ids, {"tokenizer": Path(args.teacher).name, "source": source})
-    say(f"{args.out}: {ids.shape[0]} sequences of {ids.shape[1]} tokens from {source}")
+    if args.mix:
+        documents = mixed_documents(args.mix)
+        source = " + ".join(f"{weight} {name}" for weight, name in args.mix)
+    elif args.text:
+        documents = read_documents(args.text)
+        source = ", ".join(Path(file).name for file in args.text)
+    else:
+        documents, source = dataset_documents(args.dataset), args.dataset
+    notes = {"tokenizer": Path(args.teacher).name, "source": source}
+    tokenizer = load_tokenizer(args.teacher)
+    rows = write_packed(args.out, documents, tokenizer, args.length, args.sequences, notes)
+    say(f"{args.out}: {rows} sequences of {args.length} tokens from {source}")

@@ -94,16 +94,36 @@ def token_settings(wildcards):
     return teacher_of(wildcards)["tokens"][wildcards.tokens]
 
 
-def text_files(wildcards):
-    dataset = config["datasets"][token_settings(wildcards)["dataset"]]
+def dataset_of(wildcards):
+    return config["datasets"][token_settings(wildcards)["dataset"]]
+
+
+def files_of(dataset):
+    """The files or folders of a text: the corpus', or the config's own."""
     if "corpus" in dataset:
-        return f"<results>/corpus/{dataset['corpus']}.jsonl"
+        return [f"{config['results']}/corpus/{dataset['corpus']}.jsonl"]
     return dataset.get("files", [])
 
 
+def text_files(wildcards):
+    dataset = dataset_of(wildcards)
+    parts = [config["datasets"][name] for name in dataset.get("mix", [])]
+    return [file for part in parts or [dataset] for file in files_of(part)]
+
+
 def text_source(wildcards, input):
-    dataset = config["datasets"][token_settings(wildcards)["dataset"]]
-    return f"--dataset {dataset['hub']}" if "hub" in dataset else f"--text {input.text}"
+    dataset = dataset_of(wildcards)
+    if "hub" in dataset:
+        return f"--dataset {dataset['hub']}"
+    if "mix" not in dataset:
+        return f"--text {input.text}"
+    parts = {name: config["datasets"][name] for name in dataset["mix"]}
+    sources = {
+        name: part.get("hub") or files_of(part)[0] for name, part in parts.items()
+    }
+    return " ".join(
+        f"--mix {weight} {sources[name]}" for name, weight in dataset["mix"].items()
+    )
 
 
 # ---- statistics.smk
@@ -270,7 +290,9 @@ def recipe_options(wildcards):
 
 def launcher():
     """The script that starts a distillation, on any number of GPUs and nodes."""
-    return config.get("launcher", workflow.source_path("../scripts/launch.sh"))
+    # Not workflow.source_path: a copy in a cache, not executable, at another place in every run.
+    script = Path(workflow.basedir, "scripts", "launch.sh")
+    return config.get("launcher", os.path.relpath(script))
 
 
 # ---- evaluate.smk
