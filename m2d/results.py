@@ -9,8 +9,8 @@ Where a file stands says what it is about (the path grammar of the workflow):
   {teacher}/students/{student}/{variant}/m2d.json
   benchmarks/{rule}/....tsv
 
-A variant is "merged" (not trained further) or the name of a distillation recipe. The teacher's own
-variant is "teacher".
+A variant is "merged" or "refit" (down projections solved anew), both not distilled, or the name of
+a distillation recipe. The teacher's own variant is "teacher".
 """
 
 import importlib.resources
@@ -30,6 +30,7 @@ COLUMNS = {
     "teacher": "string",
     "student": "string",
     "variant": "string",
+    "start": "string",
     "scoring": "string",
     "grouping": "string",
     "scaling": "string",
@@ -47,6 +48,8 @@ COLUMNS = {
     "samples": "Int64",
     "source": "string",
 }
+# A student's variants before distillation, in the order in which they are made.
+UNDISTILLED = ("merged", "refit")
 PAPER_TASKS = ("winogrande", "hellaswag", "arc_easy", "arc_challenge", "mmlu")
 # Accuracy of guessing, where a task has the same number of choices throughout.
 CHANCE = {
@@ -149,12 +152,20 @@ def read_provenance(files: Iterable[str | Path]) -> dict[Place, dict[str, Any]]:
         found[place] = {
             **{key: plan.get(key) for key in ("scoring", "grouping", "scaling", "keep", "groups")},
             **_sizes(content.get("student"), size),
+            "start": _start_of(content),
             "tokens": distillation.get("tokens"),
             "teacher_top_k": distillation.get("teacher_top_k"),
         }
         sizes = _sizes(content.get("teacher"), size)
         found[Place(place.teacher, "", "teacher")] = {**sizes, "bytes_per_weight": size}
     return found
+
+
+def _start_of(content: dict[str, Any]) -> str | None:
+    """The variant that a distilled student's training began with."""
+    if not content.get("distillation"):
+        return None
+    return "refit" if content.get("refit") else "merged"
 
 
 def _sizes(model: Any, bytes_per_weight: int | None) -> dict[str, int | None]:
@@ -246,6 +257,29 @@ def read_benchmarks(folder: str | Path | None) -> pd.DataFrame:
         job = "/".join(relative.parts[1:])
         rows.append([relative.parts[0], job, float(seconds), float(memory)])
     return pd.DataFrame(rows, columns=columns)
+
+
+def seconds_by_model(benchmarks: pd.DataFrame) -> pd.DataFrame:
+    """Seconds that each model took to be made (`made_s`) and measured (`measured_s`).
+
+    From the jobs' names: TEACHER/STUDENT where one is written, TEACHER/STUDENT/RECIPE where it is
+    distilled, TEACHER[/STUDENT/VARIANT][/EVALUATION] where a model is measured.
+    """
+    rows = []
+    for rule, job, seconds in benchmarks[["rule", "job", "seconds"]].itertuples(index=False):
+        verb, _, what = rule.partition("_")
+        parts = job.split("/")
+        column = "measured_s" if verb in ("measure", "evaluate") else "made_s"
+        if what == "teacher":
+            rows.append([parts[0], "", "teacher", column, seconds])
+        elif what == "student" and len(parts) > 1:
+            variant = parts[2] if len(parts) > 2 else "refit" if verb == "refit" else "merged"
+            rows.append([parts[0], parts[1], variant, column, seconds])
+    table = pd.DataFrame(rows, columns=["teacher", "student", "variant", "column", "seconds"])
+    wide = table.pivot_table(
+        index=["teacher", "student", "variant"], columns="column", values="seconds", aggfunc="sum"
+    )
+    return wide.reindex(columns=["made_s", "measured_s"]).astype("Float64")
 
 
 def main_scores(long: pd.DataFrame) -> pd.DataFrame:

@@ -82,7 +82,7 @@ def evaluation(task: str, measure: str, value: float) -> dict:
 
 
 def write_students(folder: Path) -> dict[str, list[Path]]:
-    """The teacher, and three students merged and distilled."""
+    """The teacher, three students merged and distilled, and one refitted in between."""
     root = folder / TEACHER
     files: dict[str, list[Path]] = {"perplexity": [], "evaluation": [], "provenance": []}
 
@@ -115,6 +115,13 @@ def write_students(folder: Path) -> dict[str, list[Path]]:
             files["provenance"].append(write_json(base / recipe / "m2d.json", content))
             variant(base, recipe, 14.0 + number + top_k / 8, 0.6 + top_k / 100)
             (base / recipe / "metrics.jsonl").write_text(metrics(number), encoding="utf-8")
+    base = root / "students" / "solved"
+    refitted = {**provenance, "refit": {"variant": "layer"}}
+    distilled = {**refitted, "distillation": {"tokens": 500_000, "steps": 100}}
+    contents = {"merged": provenance, "refit": refitted, "short": distilled}
+    for number, (name, content) in enumerate(contents.items()):
+        files["provenance"].append(write_json(base / name / "m2d.json", content))
+        variant(base, name, 50.0 - 15 * number, 0.4 + number / 10)
     return files
 
 
@@ -156,7 +163,17 @@ def write_statistics(folder: Path) -> tuple[Path, Path]:
 
 
 def write_benchmarks(folder: Path) -> Path:
-    for rule, job, seconds in [("grid", "a", 12.5), ("grid", "b", 7.5), ("merge", "x/y", 3.0)]:
+    jobs = [
+        ("measure_grid", "t/a", 12.5),
+        ("measure_grid", "t/b", 7.5),
+        ("merge_student", f"{TEACHER}/solved", 3.0),
+        ("refit_student", f"{TEACHER}/solved", 2.0),
+        ("distill_student", f"{TEACHER}/solved/short", 5.0),
+        ("measure_student", f"{TEACHER}/solved/short", 1.0),
+        ("evaluate_student", f"{TEACHER}/solved/short/demo", 1.5),
+        ("measure_teacher", TEACHER, 0.5),
+    ]
+    for rule, job, seconds in jobs:
         file = folder / "benchmarks" / rule / f"{job}.tsv"
         file.parent.mkdir(parents=True, exist_ok=True)
         header = "s\th:m:s\tmax_rss\tmax_vms\tmax_uss\tmax_pss\tio_in\tio_out\tmean_load\tcpu_time"

@@ -1,11 +1,13 @@
 """Figures from a made-up run: what they show, and that they are the same each time."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import synthetic_run as run
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from m2d import cli
@@ -109,6 +111,20 @@ def test_log_axes_have_a_few_plain_ticks(limits: tuple[float, float]) -> None:
     axes.set_ylim(*limits)
     ticks = [t for t in axes.get_yticks() if limits[0] <= t <= limits[1]]
     assert 2 <= len(ticks) <= 8
+
+
+@pytest.mark.parametrize("limits", [(90.0, 215.0), (8.0, 75.0), (96.0, 1300.0)])
+def test_tick_labels_do_not_overlap(limits: tuple[float, float]) -> None:
+    figure, (axes, _) = new_figure(1, 2)
+    axes.set_xlim(*limits)
+    plain_log(axes, "x")
+    axes.set_xlim(*limits)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    labels = [tick.label1 for tick in axes.xaxis.get_major_ticks()]
+    boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
+    for left, right in itertools.pairwise(boxes):
+        assert left.x1 < right.x0
 
 
 def test_unreadable_inputs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

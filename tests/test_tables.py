@@ -8,11 +8,21 @@ import pandas as pd
 import pytest
 import synthetic_run as run
 
-from m2d import cli
+from m2d import cli, comparisons
 from m2d.errors import UserError
-from m2d.results import Place, as_rows, place_of, read_published
+from m2d.results import (
+    Place,
+    as_rows,
+    place_of,
+    read_benchmarks,
+    read_published,
+    seconds_by_model,
+)
 from m2d.stages.tables import TABLES, make_tables, write_table
 from m2d.table_html import shown, table_html
+
+# Those with published students; a run of several teachers has a table for each.
+FAMILIES = ("family_deepseek-v2-lite", "family_gpt-oss-20b", "family_qwen3-30b-a3b")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +98,7 @@ def test_axis_effects_are_those_of_a_hand_computed_analysis(tables: dict) -> Non
 
 def test_students_with_scores_and_standard_errors(tables: dict) -> None:
     students = tables["students"].set_index(["student", "variant"])
-    assert len(students) == 1 + 3 * 3
+    assert len(students) == 1 + 3 * 3 + 3
     row = students.loc[("gld_reap-k4", "expanded")]
     assert row["perplexity"] == 15.0
     assert row["parameters"] == 2_000_000
@@ -98,16 +108,31 @@ def test_students_with_scores_and_standard_errors(tables: dict) -> None:
         "records"
     )
     assert (teacher["parameters"], teacher["bytes"]) == (4_961_000, 9_922_000)
-    assert (teacher["perplexity"], teacher["demo_continuation"]) == (9.5, 0.8)
+    assert (teacher["perplexity"], teacher["demo_continuation"]) == (9.5, 80.0)
     assert tables["students"].loc[0, "variant"] == "teacher"
-    assert tables["students"]["student"].isna().tolist() == [True] + [False] * 9
+    assert tables["students"]["student"].isna().tolist() == [True] + [False] * 12
     # acc_norm where the task has it, else acc
-    assert row["demo_continuation"] == pytest.approx(0.68)
-    assert row["demo_package"] == pytest.approx(0.73)
-    assert row["average"] == pytest.approx((0.68 + 0.73) / 2)
-    errors = [(p * (1 - p) / 240) ** 0.5 for p in (0.68, 0.73)]
+    assert row["demo_continuation"] == pytest.approx(68)
+    assert row["demo_package"] == pytest.approx(73)
+    assert row["average"] == pytest.approx((68 + 73) / 2)
+    errors = [100 * (p * (1 - p) / 240) ** 0.5 for p in (0.68, 0.73)]
     assert row["average ±"] == pytest.approx((errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2)
-    assert students.loc[("gld_reap-k4", "merged"), "demo_package"] == pytest.approx(0.45)
+    assert students.loc[("gld_reap-k4", "merged"), "demo_package"] == pytest.approx(45)
+    assert row["average published"] is not None
+    assert math.isnan(row["average published"])
+
+
+def test_a_refitted_student_is_not_a_distilled_one(tables: dict) -> None:
+    students = tables["students"].set_index("student").loc["solved"]
+    assert students["variant"].tolist() == ["merged", "refit", "short"]
+    assert students["start"].fillna("").tolist() == ["", "", "refit"]
+    assert students["made_s"].tolist() == [3.0, 2.0, 5.0]
+    assert students["measured_s"].fillna(0).tolist() == [0, 0, 2.5]
+    grid = tables["distilled_grid"]
+    assert set(grid["variant"]) == {"short", "expanded"}
+    starts = grid[grid["variant"] == "short"].set_index("student")["start"]
+    assert starts.pop("solved") == "refit"
+    assert set(starts) == {"merged"}
 
 
 def test_long_table_holds_everything_in_one_format(tables: dict) -> None:
@@ -115,49 +140,101 @@ def test_long_table_holds_everything_in_one_format(tables: dict) -> None:
     assert (long["variant"] == "grid").sum() == 350
     assert (long["source"] == "published").sum() == 28 * 6
     ours = long[(long["source"] == "ours") & (long["variant"] != "grid")]
-    # 10 variants: a perplexity, acc twice, acc_norm once
-    assert len(ours) == 10 * 4
+    # 13 variants: a perplexity, acc twice, acc_norm once
+    assert len(ours) == 13 * 4
     assert ours.loc[ours["measure"] == "acc_norm", "stderr"].notna().all()
 
 
 def test_distilled_grid_and_expanded_routing(tables: dict) -> None:
-    grid = tables["distilled_grid"].set_index(["variant", "scoring"])
-    assert grid.loc[("short", "gld_reap"), "perplexity, K=16"] == 16.5
+    grid = tables["distilled_grid"].set_index(["variant", "student"])
+    assert len(grid) == 3 * 2 + 1
+    assert grid.loc[("short", "gld_reap-k16"), "perplexity"] == 16.5
     routing = tables["expanded_routing"]
-    assert len(routing) == 3
-    gain = routing["average, teacher_top_k 8"] - routing["average, teacher_top_k as trained"]
-    assert gain.tolist() == pytest.approx([0.04] * 3)
+    assert routing["teacher_top_k"].isna().tolist() == [True, False] * 3
+    assert routing["student"].tolist() == sorted([*set(routing["student"])] * 2)
+    gains = routing["average"].diff()[1::2]
+    assert gains.tolist() == pytest.approx([4.0] * 3)
     assert tables["teacher_ab"].empty
 
 
-def test_published_scores_beside_ours() -> None:
+def make_models(*changes: dict) -> pd.DataFrame:
+    """Rows of models: a distilled student with one score, once for each of the changes."""
     base = {"teacher": "qwen3-30b-a3b", "student": "best", "scoring": "gld_reap", "keep": 8}
-    base |= {"grouping": "round_robin", "variant": "full", "source": "ours", "tokens": 4 * 10**9}
-    rows = [{**base, "task": "mmlu", "measure": "acc", "value": 0.45}]
-    rows += [{**base, "task": "winogrande", "measure": "acc", "value": 0.6, "keep": 16}]
-    from m2d.stages.tables import published
+    base |= {"grouping": "round_robin", "scaling": "uniform", "variant": "full", "source": "ours"}
+    base |= {"tokens": 5086 * 384 * 2048, "start": "merged", "task": "mmlu", "measure": "acc"}
+    rows = [{**base, "value": 0.45, "stderr": 0.004, **change} for change in changes]
+    no_times = seconds_by_model(read_benchmarks(None))
+    return comparisons.model_rows(as_rows(rows + read_published()), no_times)
 
-    table = published(as_rows(rows + read_published()))
-    assert len(table) == 28 + 1
-    row = table[table["student"] == "DO-ACP, K=8, pure pruning, uniform"].iloc[0]
-    assert row["mmlu"] == 46.1
-    assert row["mmlu, ours"] == 45.0
-    assert row["average"] == 58.1
-    assert math.isnan(row["average, ours"])
-    assert table.iloc[-1]["winogrande, ours"] == 60.0
+
+def test_published_scores_beside_ours() -> None:
+    models = make_models({}, {"student": "other", "keep": 16}, {"task": "winogrande", "value": 0.6})
+    table = comparisons.published(models)
+    assert len(table) == 28
+    row = table[table["source"] == "ours"].iloc[0]
+    assert row["student"] == "best"
+    assert (row["mmlu"], row["mmlu ±"], row["mmlu published"]) == (45.0, 0.4, 46.1)
+    assert (row["winogrande"], row["winogrande published"]) == (60.0, 63.1)
+    assert row["average published"] == 58.1
+    assert row["average"] == pytest.approx(52.5)
+    family = comparisons.families(models)["family_qwen3-30b-a3b"]
+    assert set(family["student"]) == {
+        "best",
+        "other",
+        "SF, K=16, weight clustering, uniform",
+        "Random FFN + teacher attention",
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": 300_000_000},
+        {"start": "refit"},
+        {"teacher_top_k": 16},
+        {"scaling": "proportional"},
+        {"teacher": "qwen3-30b-a3b-base"},
+        {"variant": "merged", "tokens": None, "start": None},
+    ],
+)
+def test_published_scores_stand_beside_the_same_model_only(change: dict) -> None:
+    table = comparisons.published(make_models(change))
+    assert set(table["source"]) == {"published"}
+    assert len(table) == 28
+
+
+def test_headline_shows_ours_before_and_after() -> None:
+    before = {"variant": "merged", "tokens": None, "start": None, "value": 0.25}
+    teacher = {**before, "variant": "teacher", "student": None, "scoring": None, "keep": None}
+    models = make_models({}, before, teacher, {**before, "student": "other"})
+    table = comparisons.headline(models)
+    ours = table[table["source"] == "ours"]
+    assert ours["variant"].tolist() == ["teacher", "merged", "full"]
+    assert set(ours["student"].dropna()) == {"best"}
+    theirs = table[table["source"] == "published"]
+    assert sorted(theirs["variant"]) == ["baseline"] * 2 + ["reference"] * 2 + ["student"]
+    assert len(comparisons.headline(make_models(before))) == 6
+
+
+def test_students_of_two_teachers_stand_together() -> None:
+    models = make_models({}, {"teacher": "qwen3-30b-a3b-base"}, {"student": "alone"})
+    table = comparisons.teacher_ab(models)
+    assert table["teacher"].tolist() == ["qwen3-30b-a3b", "qwen3-30b-a3b-base"]
+    assert table.columns.tolist() == comparisons.headline(models).columns.tolist()
+    assert len(comparisons.families(models)["family_qwen3-30b-a3b-base"]) == 1
 
 
 def test_the_published_averages_are_those_of_the_source(tables: dict) -> None:
     table = tables["published"]
     source = pd.read_csv(Path(run.__file__).parents[1] / "m2d/data/published_results.csv")
-    for student, average in zip(source["student"], source["average"], strict=True):
-        shown = table.loc[table["student"] == student, "average"]
-        assert average in shown.tolist()
+    keys = ["teacher", "student"]
+    shown = table.set_index(keys)["average published"]
+    assert shown.sort_index().to_dict() == source.set_index(keys)["average"].to_dict()
 
 
 def test_timings_per_rule(tables: dict) -> None:
     timings = tables["timings"]
-    assert timings["rule"].tolist() == ["grid", "merge"]
+    assert timings["rule"].tolist()[:3] == ["measure_grid", "distill_student", "merge_student"]
     assert timings.loc[0, ["jobs", "seconds", "max_seconds"]].tolist() == [2, 20.0, 12.5]
 
 
@@ -168,7 +245,7 @@ def test_written_whole_in_four_formats_and_the_same_each_time(tmp_path: Path) ->
         assert cli.main(["tables", str(out), "--grid", *grid]) == 0
     names = sorted(file.name for file in outs[0].iterdir())
     kinds = ("csv", "html", "md", "parquet")
-    assert names == sorted(f"{name}.{kind}" for name in TABLES for kind in kinds)
+    assert names == sorted(f"{name}.{kind}" for name in [*TABLES, *FAMILIES] for kind in kinds)
     for name in names:
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
     assert len(pd.read_csv(outs[0] / "grid.csv")) == 350

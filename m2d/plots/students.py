@@ -17,25 +17,28 @@ from m2d.plots.style import (
     new_figure,
     plain_log,
 )
-from m2d.results import CHANCE
+from m2d.results import CHANCE, UNDISTILLED
 
 UNITS = {"B": 1e9, "M": 1e6, "K": 1e3}
 BYTES = {" GB": 1e9, " MB": 1e6, " kB": 1e3}
-LABELS = {"merged": "merged, not distilled"}
+LABELS = {"merged": "merged, not distilled", "refit": "refitted, not distilled"}
 
 
 def variants_of(table: pd.DataFrame) -> list[str]:
-    """The variants of students: merged first, then the recipes by name."""
+    """The variants of students: those before distillation first, then the recipes by name."""
     found = set(table["variant"]) - {"teacher"}
-    return sorted(found, key=lambda name: (name != "merged", name))
+    before = [name for name in UNDISTILLED if name in found]
+    return before + sorted(found - set(before))
 
 
 def look(variant: str, variants: list[str]) -> dict[str, Any]:
     """Marker and colour of a variant; a student that was not distilled is hollow."""
-    number = variants.index(variant)
-    colour = MUTED if variant == "merged" else COLOURS[(number - 1) % len(COLOURS)]
-    face = "white" if variant == "merged" else colour
-    marker = "o" if variant == "merged" else MARKERS[(number - 1) % len(MARKERS)]
+    if variant in UNDISTILLED:
+        marker, colour, face = MARKERS[UNDISTILLED.index(variant)], MUTED, "white"
+    else:
+        number = [name for name in variants if name not in UNDISTILLED].index(variant)
+        marker, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
+        face = colour
     return {
         "marker": marker,
         "color": colour,
@@ -90,7 +93,8 @@ def perplexities(students: pd.DataFrame) -> Figure:
 
 def accuracies(students: pd.DataFrame) -> Figure:
     """Every student's accuracy in each task, with standard errors, chance and the teacher's."""
-    tasks = [str(c).removesuffix(" ±") for c in students if str(c).endswith(" ±")]
+    errors = [str(c) for c in students.dropna(axis="columns", how="all") if str(c).endswith(" ±")]
+    tasks = [column.removesuffix(" ±") for column in errors]
     dense = students[students["student"].notna()]
     dense = dense.dropna(subset=tasks, how="all") if tasks else dense.iloc[:0]
     if dense.empty:
@@ -113,14 +117,14 @@ def accuracies(students: pd.DataFrame) -> Figure:
             for _, row in part.iterrows():
                 error = row[f"{task} ±"]
                 panel.errorbar(
-                    100 * row[task],
+                    row[task],
                     place + 0.09 * (variants.index(row["variant"]) - (len(variants) - 1) / 2),
-                    xerr=None if pd.isna(error) else 100 * error,
+                    xerr=None if pd.isna(error) else error,
                     elinewidth=1,
                     **look(row["variant"], variants),
                 )
         for value in _teachers(students, task).values():
-            panel.axvline(100 * value, color=INK, linestyle="--", linewidth=1.2)
+            panel.axvline(value, color=INK, linestyle="--", linewidth=1.2)
         if task in CHANCE:
             panel.axvline(100 * CHANCE[task], color=MUTED, linestyle=":", linewidth=1.2)
         panel.set_title(task.replace("_", " "), fontsize=9)
@@ -143,20 +147,19 @@ def accuracies(students: pd.DataFrame) -> Figure:
 
 def accuracy_and_size(students: pd.DataFrame) -> Figure:
     """Average accuracy (or, without tasks, perplexity) against parameters and against memory."""
-    measure = "average" if "average" in students else "perplexity"
-    table = students.dropna(subset=[measure, "parameters"]) if measure in students else students[:0]
+    measure = "average" if students["average"].notna().any() else "perplexity"
+    table = students.dropna(subset=[measure, "parameters"])
     if table.empty:
         return message_figure("no model in this run has both a score and a number of parameters")
     variants = variants_of(table)
     figure, axes = new_figure(1, 2, height=3.4, sharey=True)
-    scale = 100 if measure == "average" else 1
     names = {"parameters": "parameters", "bytes": "memory of the weights"}
     for panel, column in zip(axes, names, strict=True):
         part = table.dropna(subset=[column])
         for _, row in part[part["student"].notna()].iterrows():
-            panel.plot(row[column], scale * row[measure], **look(row["variant"], variants))
+            panel.plot(row[column], row[measure], **look(row["variant"], variants))
         for _, row in part[part["student"].isna()].iterrows():
-            panel.plot(row[column], scale * row[measure], "*", color=INK, markersize=11, zorder=4)
+            panel.plot(row[column], row[measure], "*", color=INK, markersize=11, zorder=4)
         panel.set_xlabel(names[column])
         panel.set_xscale("log")
         panel.margins(0.15)

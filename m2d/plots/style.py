@@ -1,13 +1,15 @@
 """One look for every figure: readable when small, safe for colour-blind readers, reproducible."""
 
+import math
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullFormatter
 
 from m2d.artifacts import atomic_path
 
@@ -18,7 +20,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK, MUTED, FAINT = "#1b1f24", "#57606a", "#d8dee4"
 SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
-MOST_TICKS = 8
+LEAST_GAP = {"x": 0.13, "y": 0.1}  # between labelled ticks, as a share of the axis
 WIDTH = 7.2  # inches, the text width of a page
 
 RULES: dict[Any, Any] = {
@@ -77,25 +79,30 @@ def plain_log(axes: Axes, which: str) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    for steps in (
-        range(10, 100),
-        range(10, 100, 2),
-        range(10, 100, 5),
-        (10, 15, *range(20, 100, 10)),
-        range(10, 100, 10),
-        (10, 20, 50),
-        (10,),
-    ):
-        ticks = [step * 10.0**power for power in range(-7, 12) for step in steps]
-        inside = [tick for tick in ticks if low <= tick <= high]
-        if len(inside) <= MOST_TICKS:
-            break
-    if len(inside) < 2:  # too narrow for those
-        inside = [t for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
+    inside = log_ticks(low, high, LEAST_GAP[which])
     axis.set_ticks(inside)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
     axis.set_tick_params(which="minor", length=0)
+
+
+def log_ticks(low: float, high: float, gap: float) -> list[float]:
+    """Round numbers between `low` and `high`, as many as stand `gap` of a log axis apart."""
+    width = math.log(high / low)
+    scales = [step * 10.0**power for power in range(-7, 12) for step in (1, 2, 5)]
+    even = [
+        MultipleLocator(s).tick_values(low, high) for s in scales if (high - low) / 50 < s < high
+    ]
+    decades = [scales, [10.0**power for power in range(-7, 12)]]
+    chosen: list[float] = []
+    for ticks in [*decades, *even]:
+        inside = [float(tick) for tick in ticks if low <= tick <= high and tick > 0]
+        apart = [math.log(after / before) for before, after in pairwise(inside)]
+        if len(inside) > len(chosen) and min(apart, default=width) >= gap * width:
+            chosen = inside
+    if len(chosen) < 2:  # too narrow for those
+        chosen = [float(t) for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
+    return chosen
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:

@@ -10,26 +10,28 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from m2d import comparisons
 from m2d.artifacts import atomic_path, write_text
 from m2d.choose.names import term
 from m2d.errors import UserError
 from m2d.progress import say
 from m2d.results import (
-    PAPER_TASKS,
     as_rows,
-    main_scores,
     read_benchmarks,
     read_evaluations,
     read_grid,
     read_perplexities,
     read_provenance,
     read_published,
+    seconds_by_model,
 )
 from m2d.table_html import shown, table_html
 
 AXES = ("scoring", "grouping", "scaling", "keep")
-STUDENT = ["teacher", "student", "variant"]
-PLAN = ["scoring", "grouping", "scaling", "keep", "parameters", "bytes", "tokens", "teacher_top_k"]
+MODELS = (
+    "Scores in percent, ± one standard error; average: unweighted, of the published over the "
+    "paper's five tasks. made_s, measured_s: seconds to make the model and to measure it."
+)
 # table -> (title, caption)
 TABLES = {
     "results": (
@@ -54,24 +56,23 @@ TABLES = {
     ),
     "students": (
         "Teachers and students",
-        "Perplexity and accuracy before and after distillation, with standard errors. merged: not "
-        "trained further. average: unweighted, over the tasks.",
+        f"What this run measured. {MODELS} merged, refit: not distilled; start: the one of these "
+        "that distillation began with.",
     ),
-    "distilled_grid": (
-        "Distilled students by scoring and K",
-        "Average accuracy where tasks were evaluated, and perplexity, of the distilled students.",
+    "distilled_grid": ("Distilled students by method and K", MODELS),
+    "headline": (
+        "Headline students",
+        f"The published headline students, dense models for reference, and ours beside. {MODELS}",
     ),
-    "published": (
-        "Published scores beside ours",
-        "Accuracies in percent. A row without a column of ours was not measured here.",
-    ),
+    "published": ("Every published model, and ours", MODELS),
     "teacher_ab": (
         "The same student from different teachers",
-        "A column per teacher; rows are students with the same name and recipe.",
+        f"Students of the same name and recipe, one below the other. {MODELS}",
     ),
     "expanded_routing": (
         "Distilled from expanded teacher routing",
-        "A column per top-k with which the teacher ran while the student was distilled.",
+        "Students that differ only in teacher_top_k, the experts that the teacher ran while they "
+        f"were distilled (none: as trained). {MODELS}",
     ),
     "timings": (
         "Wall-clock time",
@@ -114,97 +115,6 @@ def axis_effects(grid: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def students(long: pd.DataFrame) -> pd.DataFrame:
-    """One row per teacher and student variant: plan, perplexity, a column per task, average."""
-    ours = long[long["source"] == "ours"]
-    # Missing values do not join: for the while, a teacher's student is the empty string.
-    ours = ours.assign(student=ours["student"].fillna(""))
-    index = ours.groupby(STUDENT)[PLAN].first()
-    perplexity = ours[ours["measure"] == "perplexity"].set_index(STUDENT)["value"]
-    index = index.join(perplexity.rename("perplexity"))
-    for task, part in ours[ours["measure"] == "word_perplexity"].groupby("task"):
-        index = index.join(part.set_index(STUDENT)["value"].rename(f"{task} word perplexity"))
-    scores = main_scores(ours)
-    tasks = [t for t in PAPER_TASKS if t in set(scores["task"])]
-    tasks += sorted(set(scores["task"]) - set(tasks))
-    for task in tasks:
-        part = scores[scores["task"] == task].set_index(STUDENT)
-        index = index.join(part["value"].rename(task))
-        index = index.join(part["stderr"].rename(f"{task} ±"))
-    if tasks:
-        index["average"] = index[tasks].mean(axis=1, skipna=False)
-        errors = index[[f"{task} ±" for task in tasks]].astype(float)
-        index["average ±"] = np.sqrt((errors**2).sum(axis=1, skipna=False)) / len(tasks)
-    table = index.reset_index()
-    table["student"] = table["student"].replace("", pd.NA)
-    # The teacher, then each student as merged, then distilled. What was measured comes first.
-    first = table["variant"].map({"teacher": 0, "merged": 1}).fillna(2)
-    table = table.assign(first=first).sort_values(
-        ["teacher", "student", "first", "variant"], na_position="first", ignore_index=True
-    )
-    measured = [c for c in table if c not in (*STUDENT, *PLAN, "first")]
-    return table[[*STUDENT, *measured, *PLAN]]
-
-
-def distilled_grid(wide: pd.DataFrame) -> pd.DataFrame:
-    """Distilled students, a row per teacher, recipe, scoring and grouping, a column per K."""
-    distilled = wide[~wide["variant"].isin(["teacher", "merged"])].copy()
-    keys = ["teacher", "variant", "scoring", "grouping", "scaling"]
-    if distilled.empty:
-        return pd.DataFrame(columns=keys)
-    distilled[keys] = distilled[keys].fillna("")
-    values = [column for column in ("average", "perplexity") if column in distilled]
-    wide = distilled.pivot_table(index=keys, columns="keep", values=values, aggfunc="first")
-    wide.columns = [", K=".join(map(str, pair)) for pair in wide.columns]
-    return wide.reset_index()
-
-
-def contrast(wide: pd.DataFrame, by: str, keys: list[str]) -> pd.DataFrame:
-    """Distilled students that differ in `by` alone, side by side; none if there are no such."""
-    distilled = wide[(wide["variant"] != "teacher") & wide["student"].notna()]
-    distilled = distilled[distilled[by].notna()].copy()
-    values = [column for column in ("average", "perplexity") if column in distilled]
-    counts = distilled.groupby(keys, dropna=False)[by].transform("nunique")
-    distilled = distilled[counts > 1]
-    if distilled.empty:
-        return pd.DataFrame(columns=keys)
-    distilled[keys] = distilled[keys].astype(object).where(distilled[keys].notna(), "")
-    result = distilled.pivot_table(index=keys, columns=by, values=values, aggfunc="first")
-    result.columns = [f", {by} ".join(map(str, pair)) for pair in result.columns]
-    return result.reset_index()
-
-
-def published(long: pd.DataFrame) -> pd.DataFrame:
-    """Published scores and ours in percent, matched by teacher, scoring and K (or as teachers)."""
-    scores = main_scores(long)
-    shown = [*PAPER_TASKS, "average"]
-    scores = scores[scores["task"].isin(shown) & (scores["variant"] != "merged")].copy()
-    percent = (100 * scores["value"]).astype(float)
-    model = scores["teacher"].str.rsplit("/").str[-1].str.lower()
-    plan = scores["scoring"].fillna("") + "/" + scores["keep"].astype("string").fillna("")
-    is_teacher = scores["variant"] == "teacher"
-    other = scores["student"].where(scores["scoring"].isna(), plan)
-    scores = scores.assign(percent=percent, key=model + "/" + other.mask(is_teacher, "teacher"))
-    sides = {}
-    for source, part in scores.groupby("source"):
-        names = part.groupby("key")[["teacher", "student", "tokens"]].first()
-        table = part.pivot_table(index="key", columns="task", values="percent", aggfunc="first")
-        table = table.reindex(columns=shown)
-        if source == "ours":  # the published averages are rounded from more digits
-            table["average"] = table[list(PAPER_TASKS)].mean(axis=1, skipna=False)
-        table = table.astype(float).round(2)
-        sides[source] = (names, table)
-    names, theirs = sides["published"]
-    ours_names, ours = sides.get("ours", (names.iloc[:0], theirs.iloc[:0]))
-    order = [*dict.fromkeys(scores.loc[scores["source"] == "published", "key"])]
-    order += sorted(set(ours.index) - set(order))
-    rows = names.reindex(order).combine_first(ours_names).reindex(order)
-    for task in shown:
-        rows[task] = theirs[task].reindex(order)
-        rows[f"{task}, ours"] = ours[task].reindex(order)
-    return rows.reset_index(drop=True)
-
-
 def timings(benchmarks: pd.DataFrame) -> pd.DataFrame:
     """Per rule: jobs, seconds in all, per job and at most, and the highest memory."""
     columns = ["rule", "jobs", "seconds", "mean_seconds", "max_seconds", "max_rss_mb"]
@@ -238,7 +148,10 @@ def make_tables(
     provenance_files: Iterable[str | Path] = (),
     benchmarks: str | Path | None = None,
 ) -> dict[str, pd.DataFrame]:
-    """Every table of TABLES, by name, from the files of a run; see m2d.results for the paths."""
+    """Every table of TABLES and of the families, by name, from the files of a run.
+
+    See m2d.results for the files' paths.
+    """
     provenance = read_provenance(provenance_files)
     grid = read_grid(grid_files)
     rows = read_perplexities(perplexity_files, provenance)
@@ -250,27 +163,34 @@ def make_tables(
         row = {"variant": "grid", "task": "test text", "measure": "perplexity", "source": "ours"}
         rows.append({**{str(k): v for k, v in cell.items()}, **row, "value": perplexity})
     long = as_rows(rows + read_published())
-    wide = students(long[long["variant"] != "grid"])
-    top_k = wide["teacher_top_k"].astype("string").fillna("as trained")
-    routed = wide[wide["tokens"].notna()].assign(teacher_top_k=top_k)
-    routing = ["teacher", "scoring", "grouping", "scaling", "keep", "tokens"]
+    jobs = read_benchmarks(benchmarks)
+    models = comparisons.model_rows(long, seconds_by_model(jobs))
     return {
         "results": long,
         "grid": grid,
         "grid_best": grid_best(grid),
         "axes": axis_effects(grid),
-        "students": wide,
-        "distilled_grid": distilled_grid(wide),
-        "published": published(long),
-        "teacher_ab": contrast(wide, "teacher", ["student", "variant"]),
-        "expanded_routing": contrast(routed, "teacher_top_k", routing),
-        "timings": timings(read_benchmarks(benchmarks)),
+        "students": comparisons.plain(models[models["source"] == "ours"]),
+        "distilled_grid": comparisons.distilled(models),
+        "headline": comparisons.headline(models),
+        "published": comparisons.published(models),
+        **comparisons.families(models),
+        "teacher_ab": comparisons.teacher_ab(models),
+        "expanded_routing": comparisons.expanded_routing(models),
+        "timings": timings(jobs),
     }
+
+
+def title_of(name: str) -> tuple[str, str]:
+    """Title and caption of a table."""
+    if name.startswith(comparisons.FAMILY):
+        return f"Models from {name.removeprefix(comparisons.FAMILY)}", MODELS
+    return TABLES[name]
 
 
 def write_table(frame: pd.DataFrame, name: str, folder: Path) -> None:
     """Write one table as NAME.csv, .md, .parquet and .html."""
-    title, caption = TABLES[name]
+    title, caption = title_of(name)
     write_text(folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
     # For reading, columns without any value are left out; the CSV and Parquet files keep them.
     filled = frame.dropna(axis="columns", how="all") if len(frame) else frame
