@@ -6,8 +6,10 @@ here calls lm-eval except through m2d.
 
 import json
 import math
+import os
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -380,6 +382,40 @@ def test_what_the_vllm_backend_is_given(
     assert json.loads(out.read_text(encoding="utf-8"))["config"]["model"] == "vllm"
 
 
+def test_a_folder_for_one_dataset(tmp_path: Path, model: Path) -> None:
+    make_dataset(tmp_path / "any/where", winogrande, {"train": 3, "validation": 4})
+    options = ["--task", "winogrande", "--shots", "1", "--batch-size", "4", "--device", "cpu"]
+    options += ["--dataset", f"allenai/winogrande={tmp_path / 'any/where'}"]
+    out = tmp_path / "out.json"
+    assert cli.main(["evaluate", str(model), str(out), *options]) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["n-samples"]["winogrande"]["effective"] == 4
+
+
+@pytest.mark.parametrize("task", ["winogrande", "wikitext"])
+def test_without_network_and_data_one_line_says_what_is_missing(
+    tmp_path: Path, model: Path, task: str
+) -> None:
+    """In a process of its own: whether the hub is offline is read when `datasets` is imported."""
+    command = [sys.executable, "-m", "m2d.cli", "evaluate", str(model), str(tmp_path / "out.json")]
+    done = subprocess.run(
+        [*command, "--task", task],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    name = {"winogrande": "allenai/winogrande", "wikitext": "EleutherAI/wikitext_document_level"}
+    assert len(lines) == 1
+    assert f"dataset {name[task]}" in lines[0]
+    assert f"--dataset {name[task]}=FOLDER/{name[task]}" in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_too_many_examples_are_refused(tmp_path: Path, model: Path) -> None:
     make_dataset(tmp_path / "winogrande", winogrande, {"train": 3, "validation": 4})
     with pytest.raises(UserError, match="winogrande has only 3 examples"):
@@ -399,6 +435,7 @@ def test_too_many_examples_are_refused(tmp_path: Path, model: Path) -> None:
         ({"model": "."}, "no config.json in it"),
         ({"include": "/no/such/folder"}, "--include /no/such/folder: no such folder"),
         ({"datasets": "/no/such/folder"}, "--datasets /no/such/folder: no such folder"),
+        ({"dataset_folders": {"a/b": "/no/such"}}, "--dataset a/b=/no/such: no such folder"),
         ({"backend": "vllm"}, "vllm is not installed"),
     ],
 )

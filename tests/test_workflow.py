@@ -6,6 +6,7 @@ stub in the place of every stage but ranking: which jobs run is the question the
 
 import ast
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -101,7 +102,7 @@ def uses_of(student: str) -> list[str]:
     """The jobs on a student that exists already, merged and distilled."""
     return [
         f"{rule} student={student} variant={variant}"
-        for rule in ("evaluate_student_demo", "measure_student")
+        for rule in ("evaluate_student_demo_continuation", "measure_student")
         for variant in ("merged", "short")
     ]
 
@@ -324,6 +325,45 @@ def test_baselines_are_made_and_distilled_like_any_student(finished: Path, tmp_p
     }
     assert rows["perplexity"].notna().all()
     assert NOTHING in snakemake(folder, "all_baselines").stdout
+
+
+def test_a_task_added_to_an_evaluation_is_scored_alone(project: Path, run: Callable) -> None:
+    change_config(project, "evaluations", "demo", tasks=["demo_continuation", "demo_package"])
+    models = [f"student={s} variant={v}" for s in ("do-acp", "sf") for v in ("merged", "short")]
+    expected = [f"evaluate_student_demo_package {model}" for model in models]
+    assert run() == sorted([*expected, "evaluate_teacher_demo_package", *TABLES])
+    kept = project / "results/tiny/students/sf/short.eval"
+    assert {file.stem for file in kept.iterdir()} == {"demo_continuation", "demo_package"}
+
+
+def test_edited_published_figures_remake_the_tables(project: Path, run: Callable) -> None:
+    file = project / "m2d/data/published_results.csv"
+    file.write_text(file.read_text(encoding="utf-8").replace("63.1", "63.2"), encoding="utf-8")
+    assert run() == ["make_tables pipeline=all_wide"]
+
+
+def test_evaluation_settings_reach_the_command(project: Path) -> None:
+    settings = {"backend": "vllm", "datasets": {"allenai/winogrande": "data/my winogrande"}}
+    settings |= {"model_args": {"tensor_parallel_size": 4, "quantization": "fp8"}}
+    settings |= {"tasks": ["winogrande", "arc_easy"], "together": True, "demo": False, "limit": 9}
+    change_config(project, "evaluations", "demo", **settings)
+    output = snakemake(project, "--dry-run", "--printshellcmds", "all_wide").stdout
+    command = next(line for line in output.splitlines() if "m2d evaluate teacher" in line)
+    words = shlex.split(command)
+    assert words[2:4] == ["teacher", "results/tiny/teacher.eval"]
+    pairs = list(zip(words[4:-2:2], words[5:-2:2], strict=False))
+    assert pairs == [
+        ("--task", "winogrande"),
+        ("--task", "arc_easy"),
+        ("--shots", "0"),
+        ("--limit", "9"),
+        ("--batch-size", "8"),
+        ("--backend", "vllm"),
+        ("--dataset", "allenai/winogrande=data/my winogrande"),
+        ("--model-arg", "tensor_parallel_size=4"),
+        ("--model-arg", "quantization=fp8"),
+        ("--dtype", "float32"),
+    ]
 
 
 def test_killed_run_resumes(project: Path, stub: Path, run: Callable) -> None:

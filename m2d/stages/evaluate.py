@@ -15,7 +15,7 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def evaluate(
     backend: str = "hf",
     include: str | Path | None = None,
     datasets: str | Path | None = None,
+    dataset_folders: Mapping[str, str | Path] | None = None,
     limit: int | None = None,
     batch_size: str = "auto",
     dtype: str = "auto",
@@ -52,10 +53,11 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """lm-eval's results of `model` (folder or hub id) for each of `tasks`, by name.
 
-    `shots` is the number of few-shot examples (None: what each task defines); `limit` evaluates
-    only the first documents of each task; `model_args` go to the backend as they are. The model is
-    loaded once. Raises UserError for an unknown task, a model or dataset that is missing, and a
-    backend that is not installed.
+    `datasets` is a folder with one for each dataset; `dataset_folders` names single ones by their
+    hub ids, and comes first. `shots` is the number of few-shot examples (None: what each task
+    defines); `limit` evaluates only the first documents of each task; `model_args` go to the
+    backend as they are. The model is loaded once. Raises UserError for an unknown task, a model or
+    dataset that is missing, and a backend that is not installed.
     """
     # lm-eval and what it imports take seconds, so bad input is refused first.
     _check_model(model)
@@ -71,7 +73,7 @@ def evaluate(
     if backend == "hf":  # vllm picks its own, and dislikes a process that has touched CUDA
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     manager = _task_manager(tasks, include)
-    with local_datasets(datasets, include):
+    with local_datasets(datasets, include, dataset_folders or {}):
         loaded = {task: _load_task(manager, task, shots) for task in tasks}
     arguments: dict[str, Any] = {"pretrained": model, "dtype": dtype, **(model_args or {})}
     try:
@@ -224,6 +226,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--datasets", type=Path, help="folder with OWNER/NAME or NAME for each dataset of the tasks"
     )
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        type=_key_value,
+        default=[],
+        metavar="NAME=FOLDER",
+        help="the folder of one dataset, such as allenai/winogrande=/data/winogrande",
+    )
     parser.add_argument("--limit", type=positive, help="only the first N documents of each task")
     parser.add_argument("--batch-size", default="auto", help="a number or auto (default: auto)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
@@ -255,6 +265,7 @@ def main(args: argparse.Namespace) -> None:
         backend=args.backend,
         include=args.include,
         datasets=args.datasets,
+        dataset_folders={name: str(folder) for name, folder in args.dataset},
         limit=args.limit,
         batch_size=args.batch_size,
         dtype=args.dtype,

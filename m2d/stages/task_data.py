@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,32 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def local_datasets(folder: str | Path | None, include: str | Path | None) -> Iterator[None]:
-    """Within this block, tasks find their datasets in `folder` and `include` first.
+def local_datasets(
+    folder: str | Path | None, include: str | Path | None, folders: Mapping[str, str | Path]
+) -> Iterator[None]:
+    """Within this block, tasks find their datasets in `folders`, `folder` and `include` first.
 
-    lm-eval names a dataset by its hub id. It is looked for as `folder`/OWNER/NAME, then as
-    `folder`/NAME; either may be a copy of the hub's repository (its README.md names the
-    configurations), a folder with one subfolder per configuration, or a folder with the data files
-    of the one configuration. The files are named like their splits, such as test.jsonl or
-    dev-00000-of-00001.parquet. Relative `data_files` are relative to `include`.
+    lm-eval names a dataset by its hub id. `folders` maps ids to folders; else it is looked for as
+    `folder`/OWNER/NAME, then as `folder`/NAME. A dataset's folder may be a copy of the hub's
+    repository (its README.md names the configurations), have one subfolder per configuration, or
+    hold the data files of the one configuration. The files are named like their splits, such as
+    test.jsonl or dev-00000-of-00001.parquet. Relative `data_files` are relative to `include`.
     """
     import datasets
 
     if folder is not None and not Path(folder).is_dir():
         raise UserError(f"--datasets {folder}: no such folder; give one that holds the datasets")
+    for name, place in folders.items():
+        if not Path(place).is_dir():
+            raise UserError(f"--dataset {name}={place}: no such folder; give the dataset's own")
     original = datasets.load_dataset
 
     def load_dataset(path: str, name: str | None = None, **kwargs: Any) -> Any:
         if "data_files" in kwargs and include is not None:
             kwargs["data_files"] = _relative_to(kwargs["data_files"], Path(include))
-        local = _find(Path(folder), path) if folder is not None else None
+        local = Path(folders[path]) if path in folders else None
+        if local is None and folder is not None:
+            local = _find(Path(folder), path)
         try:
             if local is None:
                 return original(path=path, name=name, **kwargs)
@@ -53,10 +60,11 @@ def local_datasets(folder: str | Path | None, include: str | Path | None) -> Ite
             # datasets raises kinds of OSError for what the hub or the cache does not have, and
             # ValueError for a configuration that is missing from it.
             label = f"{path} ({name})" if name else path
-            place = f"{folder}/{path}" if folder is not None else "--datasets FOLDER/" + path
+            place = str(local or f"{folder or 'FOLDER'}/{path}")
+            how = "" if local or folder else f" and name it: --dataset {path}=FOLDER/{path}"
             raise UserError(
                 f"dataset {label} is not available ({_first_line(error)}); put a copy of it at "
-                f"{place}, or download it into HF_HOME where there is a network"
+                f"{place}{how}, or download it into HF_HOME where there is a network"
             ) from None
 
     with replaced(datasets, "load_dataset", load_dataset):

@@ -1,8 +1,10 @@
 # What the rules share: the checked config, paths, and what decides whether a result is up to date.
 
 import hashlib
+import json
 import os
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from snakemake.exceptions import WorkflowError
 from m2d.best import best_configuration
 from m2d.config import SHAPE, check_config, goes_with, has_experts, student_kind
 from m2d.cost.jobs import resources_of
-from m2d.digest import code_digest
+from m2d.digest import PACKAGE, code_digest
 from m2d.errors import UserError
 
 # Jobs inherit this. The C library would hand the memory of every tensor above 128 kB back to the
@@ -298,16 +300,23 @@ def launcher():
 # ---- evaluate.smk
 
 
+def evaluation_jobs():
+    """(name, evaluation, tasks) of every job that scores a model."""
+    for name, settings in config["evaluations"].items():
+        if settings.get("together"):
+            yield name, name, settings["tasks"]
+        else:
+            for task in settings["tasks"]:
+                yield task, name, [task]
+
+
 def task_definitions(evaluation):
     """The folder of the demo's tasks, for those."""
     return "<results>/tasks" if config["evaluations"][evaluation].get("demo") else []
 
 
-def scores_of(model, evaluation):
-    return [
-        f"{model}.eval/{task}.json"
-        for task in config["evaluations"][evaluation]["tasks"]
-    ]
+def scores_of(model, tasks):
+    return [f"{model}.eval/{task}.json" for task in tasks]
 
 
 def evaluation_out(wildcards, output):
@@ -315,10 +324,27 @@ def evaluation_out(wildcards, output):
     return output[0] if len(output) == 1 else str(Path(output[0]).parent)
 
 
-def evaluation_options(evaluation):
+def evaluation_options(evaluation, tasks):
     settings = config["evaluations"][evaluation]
-    options = [f"--task {task}" for task in settings["tasks"]]
-    for key in ("shots", "limit", "batch_size"):
-        if key in settings:
-            options.append(f"--{key.replace('_', '-')} {settings[key]}")
-    return " ".join(options)
+    options = [("task", task) for task in tasks]
+    options += [
+        (key.replace("_", "-"), settings[key])
+        for key in ("shots", "limit", "batch_size", "backend")
+        if key in settings
+    ]
+    options += [
+        ("dataset", f"{k}={v}") for k, v in settings.get("datasets", {}).items()
+    ]
+    for key, value in settings.get("model_args", {}).items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        options.append(("model-arg", f"{key}={text}"))
+    return shlex.join(word for k, v in options for word in (f"--{k}", str(v)))
+
+
+# ---- tables.smk
+
+
+def published_digest():
+    """Of the published figures, which stand beside ours in the tables."""
+    file = PACKAGE / "data" / "published_results.csv"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]

@@ -2,24 +2,24 @@
 # in:  a model folder; <results>/tasks/ for the demo's tasks
 # out: <results>/{teacher}/teacher.eval/{task}.json, students/{student}/{variant}.eval/{task}.json
 #
-# One rule per evaluation of the config, since an evaluation's tasks are its outputs: it loads the
-# model once for all of them.
+# One rule per task, so that a new task is scored alone; `together` makes one rule of an evaluation,
+# which loads the model once for all its tasks.
 
-for evaluation in config["evaluations"]:
+for name, evaluation, tasks in evaluation_jobs():
 
     rule:
-        """Score a teacher on the tasks of one evaluation."""
+        """Score a teacher."""
         name:
-            f"evaluate_teacher_{evaluation}"
+            f"evaluate_teacher_{name}"
         input:
             tasks=task_definitions(evaluation),
             teacher=teacher_files,
         output:
-            scores_of("<results>/{teacher}/teacher", evaluation),
+            scores_of("<results>/{teacher}/teacher", tasks),
         log:
-            f"<logs>/evaluate_teacher/{{teacher}}/{evaluation}.log",
+            f"<logs>/evaluate_teacher/{{teacher}}/{name}.log",
         benchmark:
-            f"<benchmarks>/evaluate_teacher/{{teacher}}/{evaluation}.tsv"
+            f"<benchmarks>/evaluate_teacher/{{teacher}}/{name}.tsv"
         conda:
             "../envs/m2d.yaml"
         threads: 1
@@ -30,7 +30,7 @@ for evaluation in config["evaluations"]:
         params:
             model=lambda wildcards: teacher_of(wildcards)["model"],
             out=evaluation_out,
-            options=evaluation_options(evaluation),
+            options=evaluation_options(evaluation, tasks),
             dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
             include=lambda wildcards, input: (
                 f"--include {input.tasks}" if input.tasks else ""
@@ -43,19 +43,19 @@ for evaluation in config["evaluations"]:
             """
 
     rule:
-        """Score a student, merged or distilled, on the tasks of one evaluation."""
+        """Score a student, before or after distillation."""
         name:
-            f"evaluate_student_{evaluation}"
+            f"evaluate_student_{name}"
         input:
             model="<results>/{teacher}/students/{student}/{variant}",
             tasks=task_definitions(evaluation),
             choice=choice_of,
         output:
-            scores_of("<results>/{teacher}/students/{student}/{variant}", evaluation),
+            scores_of("<results>/{teacher}/students/{student}/{variant}", tasks),
         log:
-            f"<logs>/evaluate_student/{{teacher}}/{{student}}/{{variant}}/{evaluation}.log",
+            f"<logs>/evaluate_student/{{teacher}}/{{student}}/{{variant}}/{name}.log",
         benchmark:
-            f"<benchmarks>/evaluate_student/{{teacher}}/{{student}}/{{variant}}/{evaluation}.tsv"
+            f"<benchmarks>/evaluate_student/{{teacher}}/{{student}}/{{variant}}/{name}.tsv"
         conda:
             "../envs/m2d.yaml"
         threads: 1
@@ -65,7 +65,7 @@ for evaluation in config["evaluations"]:
             runtime=sized("evaluate_student", "runtime", evaluation=evaluation),
         params:
             out=evaluation_out,
-            options=evaluation_options(evaluation),
+            options=evaluation_options(evaluation, tasks),
             dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
             include=lambda wildcards, input: (
                 f"--include {input.tasks}" if input.tasks else ""

@@ -58,7 +58,7 @@ def evaluations_of(pipeline):
         file
         for model in [*teachers, *models_of(pipeline)]
         for evaluation in settings["evaluations"]
-        for file in scores_of(model, evaluation)
+        for file in scores_of(model, config["evaluations"][evaluation]["tasks"])
     ]
 
 

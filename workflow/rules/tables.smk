@@ -34,6 +34,7 @@ rule make_tables:
             f"{model}/m2d.json" for model in input.models
         ],
         benchmarks=f"{config['results']}/benchmarks",
+        published=published_digest(),
         code=code("m2d.stages.tables"),
     shell:
         """
