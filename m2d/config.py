@@ -131,6 +131,20 @@ def _resolve_methods(config: Config) -> None:
         pipeline["scorings"] = resolved_list("scoring", pipeline["scorings"], key)
 
 
+def evaluation_jobs(config: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
+    """Name -> (evaluation, tasks) of every job that scores a model: a job per task.
+
+    One for all tasks of an evaluation that is `together`, by its name.
+    """
+    jobs: dict[str, tuple[str, list[str]]] = {}
+    for name, settings in config["evaluations"].items():
+        if settings.get("together"):
+            jobs[name] = (name, settings["tasks"])
+        else:
+            jobs |= {task: (name, [task]) for task in settings["tasks"]}
+    return jobs
+
+
 def _check_names(config: Config) -> None:
     """Every name that is used is defined, and none is taken twice."""
 
@@ -160,6 +174,12 @@ def _check_names(config: Config) -> None:
                     "already; scores go by task, so each may stand in one evaluation"
                 )
             where[task] = name
+    for name, evaluation in config["evaluations"].items():
+        if evaluation.get("together") and where.get(name, name) != name:
+            raise UserError(
+                f"config: evaluations.{name}: {name} is a task of evaluations.{where[name]}; an "
+                "evaluation that is `together` needs another name"
+            )
     for name, pipeline in config["pipelines"].items():
         key = f"pipelines.{name}"
         if not name.startswith("all_"):

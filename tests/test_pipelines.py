@@ -88,7 +88,7 @@ def test_jobs_of_a_teacher(jobs: list[Job], teacher: str) -> None:
     assert count(jobs, "rank_experts", teacher=teacher) == 7
     assert count(jobs, "measure_grid", teacher=teacher) == 7
     assert count(jobs, "measure_teacher", teacher=teacher) == 1
-    assert count(jobs, "evaluate_teacher", teacher=teacher) == 4
+    assert count(jobs, "evaluate_teacher", teacher=teacher) == 6
     assert count(jobs, "make_tokens", teacher=teacher) == 3
 
 
@@ -143,7 +143,7 @@ def test_headline(jobs: list[Job]) -> None:
         assert count(jobs, "merge_student", **own) == 1
         for variant in ("merged", "paper-4b"):
             assert count(jobs, "measure_student", **own, variant=variant) == 1
-            assert count(jobs, "evaluate_student", **own, variant=variant) == 4
+            assert count(jobs, "evaluate_student", **own, variant=variant) == 6
     assert count(jobs, "prune_student", teacher="qwen3-32b") == 1
     assert count(jobs, "initialise_student", teacher="qwen3-30b-a3b") == 1
     assert count(jobs, "compute", teacher="qwen3-32b") == 0

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from m2d.config import student_kind
+from m2d.config import evaluation_jobs, student_kind
 from m2d.cost.needs import (
     BYTES,
     Hardware,
@@ -135,8 +135,13 @@ def with_pruned(sizes: Sizes, student: Mapping[str, Any]) -> Sizes:
 
 
 def scored_tokens(config: Mapping[str, Any], names: Names) -> float:
-    """Tokens that lm-eval has a model read, as the config states them."""
-    return float(config["evaluations"][names["evaluation"]].get("tokens", 0))
+    """Tokens that lm-eval has a model read, as the config states them; tasks share them alike.
+
+    names["evaluation"] is the job's, as in m2d.config.evaluation_jobs.
+    """
+    evaluation, tasks = evaluation_jobs(config)[names["evaluation"]]
+    settings = config["evaluations"][evaluation]
+    return float(settings.get("tokens", 0)) * len(tasks) / len(settings["tasks"])
 
 
 def resources_of(

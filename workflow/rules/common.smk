@@ -11,7 +11,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from m2d.best import best_configuration
-from m2d.config import SHAPE, check_config, goes_with, has_experts, student_kind
+from m2d.config import SHAPE, check_config, evaluation_jobs, goes_with, has_experts, student_kind
 from m2d.cost.jobs import resources_of
 from m2d.digest import PACKAGE, code_digest
 from m2d.errors import UserError
@@ -298,16 +298,6 @@ def launcher():
 
 
 # ---- evaluate.smk
-
-
-def evaluation_jobs():
-    """(name, evaluation, tasks) of every job that scores a model."""
-    for name, settings in config["evaluations"].items():
-        if settings.get("together"):
-            yield name, name, settings["tasks"]
-        else:
-            for task in settings["tasks"]:
-                yield task, name, [task]
 
 
 def task_definitions(evaluation):

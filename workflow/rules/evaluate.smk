@@ -5,7 +5,7 @@
 # One rule per task, so that a new task is scored alone; `together` makes one rule of an evaluation,
 # which loads the model once for all its tasks.
 
-for name, evaluation, tasks in evaluation_jobs():
+for name, (evaluation, tasks) in evaluation_jobs(config).items():
 
     rule:
         """Score a teacher."""
@@ -24,9 +24,9 @@ for name, evaluation, tasks in evaluation_jobs():
             "../envs/m2d.yaml"
         threads: 1
         resources:
-            gpu=sized("evaluate_teacher", "gpu", evaluation=evaluation),
-            mem_mb=sized("evaluate_teacher", "mem_mb", evaluation=evaluation),
-            runtime=sized("evaluate_teacher", "runtime", evaluation=evaluation),
+            gpu=sized("evaluate_teacher", "gpu", evaluation=name),
+            mem_mb=sized("evaluate_teacher", "mem_mb", evaluation=name),
+            runtime=sized("evaluate_teacher", "runtime", evaluation=name),
         params:
             model=lambda wildcards: teacher_of(wildcards)["model"],
             out=evaluation_out,
@@ -60,9 +60,9 @@ for name, evaluation, tasks in evaluation_jobs():
             "../envs/m2d.yaml"
         threads: 1
         resources:
-            gpu=sized("evaluate_student", "gpu", evaluation=evaluation),
-            mem_mb=sized("evaluate_student", "mem_mb", evaluation=evaluation),
-            runtime=sized("evaluate_student", "runtime", evaluation=evaluation),
+            gpu=sized("evaluate_student", "gpu", evaluation=name),
+            mem_mb=sized("evaluate_student", "mem_mb", evaluation=name),
+            runtime=sized("evaluate_student", "runtime", evaluation=name),
         params:
             out=evaluation_out,
             options=evaluation_options(evaluation, tasks),
