@@ -16,6 +16,7 @@ MODEL = ["source", "teacher", "student", "variant"]
 TIMES = ["made_s", "measured_s"]
 PLAN = [
     "start",
+    "baseline",
     "scoring",
     "grouping",
     "scaling",
@@ -29,7 +30,7 @@ FAMILY = "family_"  # then a teacher's name
 # Of the four headline students (arXiv:2605.28207); the families' students had 0.3B.
 HEADLINE_TOKENS = 4_000_000_000
 # Budgets are whole numbers of steps, which come near the paper's round numbers.
-SAME_BUDGET = 0.05
+NEAR = 0.05
 
 
 def model_rows(long: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
@@ -97,18 +98,21 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def same_model(ours: dict[str, Any], published: dict[str, Any]) -> bool:
-    """Whether ours is the published model: teacher, method, K and token budget."""
+    """Whether ours is the published model: teacher, method, K, size and token budget."""
     if _name_of(ours["teacher"]) != _name_of(published["teacher"]):
         return False
     if published["variant"] == "teacher" or ours["variant"] == "teacher":
         return bool(published["variant"] == ours["variant"])
-    if published["scoring"] is None or ours["tokens"] is None:
+    stated = ("baseline", "scoring", "grouping", "scaling", "keep")
+    if any(published[key] not in (None, ours[key]) for key in stated):
         return False
-    stated = [key for key in ("scoring", "grouping", "scaling", "keep") if published[key]]
-    if any(ours[key] != published[key] for key in stated):
-        return False
-    near = abs(ours["tokens"] / published["tokens"] - 1) < SAME_BUDGET
-    return near and ours["start"] == "merged" and ours["teacher_top_k"] is None
+    near = all(
+        ours[key] and abs(ours[key] / published[key] - 1) < NEAR
+        for key in ("tokens", "parameters")
+        if published[key]
+    )
+    trained = ours["start"] == "merged" and ours["teacher_top_k"] is None
+    return near and trained and published["variant"] != "reference"
 
 
 def plain(rows: pd.DataFrame) -> pd.DataFrame:
@@ -132,7 +136,7 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
     """The published headline students and references, ours, and what ours were before."""
     theirs = rows[rows["average published"].notna()]
     tokens = theirs["tokens"].astype(float)
-    near = (tokens / HEADLINE_TOKENS - 1).abs() < SAME_BUDGET
+    near = (tokens / HEADLINE_TOKENS - 1).abs() < NEAR
     chosen = theirs[near | (theirs["variant"] == "reference")]
     return _with_origins(rows, chosen)
 

@@ -31,6 +31,7 @@ COLUMNS = {
     "student": "string",
     "variant": "string",
     "start": "string",
+    "baseline": "string",
     "scoring": "string",
     "grouping": "string",
     "scaling": "string",
@@ -153,6 +154,7 @@ def read_provenance(files: Iterable[str | Path]) -> dict[Place, dict[str, Any]]:
             **{key: plan.get(key) for key in ("scoring", "grouping", "scaling", "keep", "groups")},
             **_sizes(content.get("student"), size),
             "start": _start_of(content),
+            "baseline": (content.get("baseline") or {}).get("kind"),
             "tokens": distillation.get("tokens"),
             "teacher_top_k": distillation.get("teacher_top_k"),
         }
@@ -235,8 +237,8 @@ def read_published() -> list[dict[str, Any]]:
     plain = table.astype(object).where(table.notna(), None)
     rows = []
     for record in plain.to_dict("records"):
-        shared = {k: record[k] for k in ("teacher", "student", "scoring", "grouping", "scaling")}
-        shared |= {"keep": record["keep"], "tokens": record["tokens"], "variant": record["kind"]}
+        shared = {key: value for key, value in record.items() if key in COLUMNS}
+        shared["variant"] = record["kind"]
         for task in (*PAPER_TASKS, "average"):
             row = {"task": task, "measure": "score", "value": record[task] / 100}
             rows.append({**shared, **row, "source": "published"})

@@ -162,6 +162,7 @@ def make_models(*changes: dict) -> pd.DataFrame:
     base = {"teacher": "qwen3-30b-a3b", "student": "best", "scoring": "gld_reap", "keep": 8}
     base |= {"grouping": "round_robin", "scaling": "uniform", "variant": "full", "source": "ours"}
     base |= {"tokens": 5086 * 384 * 2048, "start": "merged", "task": "mmlu", "measure": "acc"}
+    base |= {"parameters": 3_340_449_792}
     rows = [{**base, "value": 0.45, "stderr": 0.004, **change} for change in changes]
     no_times = seconds_by_model(read_benchmarks(None))
     return comparisons.model_rows(as_rows(rows + read_published()), no_times)
@@ -191,6 +192,8 @@ def test_published_scores_beside_ours() -> None:
     [
         {"tokens": 300_000_000},
         {"start": "refit"},
+        {"baseline": "random_ffn", "scoring": None, "tokens": 3 * 10**9},
+        {"parameters": 1_700_000_000},
         {"teacher_top_k": 16},
         {"scaling": "proportional"},
         {"teacher": "qwen3-30b-a3b-base"},
@@ -201,6 +204,16 @@ def test_published_scores_stand_beside_the_same_model_only(change: dict) -> None
     table = comparisons.published(make_models(change))
     assert set(table["source"]) == {"published"}
     assert len(table) == 28
+
+
+def test_a_baseline_of_ours_stands_beside_the_published_one() -> None:
+    plan = {"scoring": None, "grouping": None, "scaling": None, "keep": None}
+    d2d = {"teacher": "qwen3-32b", "baseline": "d2d", "parameters": 3_441_113_088, **plan}
+    models = make_models({**d2d, "student": "d2d"}, {"baseline": "random_ffn", **plan})
+    table = comparisons.headline(models).set_index("student")
+    assert table.loc["d2d", "mmlu published"] == 26.6
+    assert table.loc["best", "mmlu published"] == 27.1
+    assert len(table) == 6
 
 
 def test_headline_shows_ours_before_and_after() -> None:
