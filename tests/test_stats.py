@@ -14,8 +14,9 @@ from m2d.conversion import collect_statistics
 from m2d.errors import UserError
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
+from m2d.stages import gram
 from m2d.stages.combine import share_rows
-from m2d.stages.gram import inner_products
+from m2d.stages.gram import even_chunks, inner_products
 from m2d.stages.stats import routing_sums
 from m2d.statistics import SUMS, read_layers, write_gram, write_routing
 from m2d.sums import LongSum
@@ -155,6 +156,36 @@ def test_inner_products_are_of_float32_accuracy(dtype: torch.dtype) -> None:
     assert error < 2e-6
     assert (found == found.T).all()
     assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+
+
+def test_chunks_are_even_and_whole_tiles() -> None:
+    def sizes(tokens: int, limit: int) -> list[int]:
+        chunks = even_chunks(tokens, limit)
+        assert [chunk.stop for chunk in chunks[:-1]] == [chunk.start for chunk in chunks[1:]]
+        assert (chunks[0].start, chunks[-1].stop) == (0, tokens)
+        return [chunk.stop - chunk.start for chunk in chunks]
+
+    assert sizes(2048, 757) == [704, 704, 640]
+    assert sizes(2048, 4000) == [2048]
+    assert sizes(100, 40) == [34, 34, 32]  # three tiles would exceed the limit
+    assert sizes(5, 1) == [1] * 5
+
+
+def test_small_chunks_give_the_same(
+    tiny_teacher: Path,
+    tokens: torch.Tensor,
+    layers: list[LayerStatistics],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """13 tokens at once instead of all 24 of a batch."""
+    monkeypatch.setattr(gram, "CHUNK_BYTES", 13 * 9 * 32 * 4)
+    stream = StreamedTeacher(open_teacher(tiny_teacher), torch.float32, CPU)
+    for one, other in zip(layers, collect_statistics(stream, tokens, 2), strict=True):
+        rounding = 1e-6 * np.abs(one.gram.gram).max()  # of float32 products
+        np.testing.assert_allclose(one.gram.gram, other.gram.gram, rtol=0, atol=rounding)
+        np.testing.assert_allclose(
+            one.gram.output_dot, other.gram.output_dot, rtol=0, atol=rounding
+        )
 
 
 def test_files_round_trip(tmp_path: Path, layers: list[LayerStatistics]) -> None:

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from m2d.choose.inputs import GramStatistics
+from m2d.memory import free_memory
 from m2d.models.experts import StackedExperts
 from m2d.models.routers import router_gram
 from m2d.stages.combine import LayerSums, gram_statistics
 from m2d.stages.stats import add_statistics_options, collect
 
-# Memory that a chunk of tokens may take: all experts' outputs, and float32 copies of a part.
+# Memory that all experts' outputs on a chunk of tokens may take on a CPU.
 CHUNK_BYTES = 400_000_000
+TILE = 32  # tokens: products of a multiple of them waste nothing
 COLUMNS_AT_ONCE = 16_384  # columns of the outputs that are widened to float32 at a time
 # Rows of one block of the upper triangle: in smaller ones the products cost more than is saved.
 BLOCK_ROWS = 64
@@ -71,9 +73,10 @@ def _exact_low_precision_products(rows: Tensor) -> Iterator[None]:
 
 
 def routed_output(outputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """y [N, H]: the weighted sum of the selected experts among outputs [E, N, H]."""
+    """y [N, H]: the weighted sum of the selected experts among outputs [E + 1, N H]."""
     tokens = torch.arange(index.shape[0], device=index.device)[:, None]
-    return (outputs[index, tokens] * weights[..., None].to(outputs.dtype)).sum(1)
+    by_token = outputs.unflatten(1, (len(index), -1))
+    return (by_token[index, tokens] * weights[..., None].to(outputs.dtype)).sum(1)
 
 
 class GramTotals:
@@ -81,7 +84,8 @@ class GramTotals:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerSums] = {}  # inner_products [E + 1, E + 1]: experts, then y
-        self.outputs = torch.empty(0)  # reused: fresh memory for every chunk would cost a third
+        # [E + 1, N H], reused: fresh memory for every chunk would cost a third of the time.
+        self.buffer = torch.empty(0)
 
     def visit(
         self,
@@ -97,41 +101,54 @@ class GramTotals:
             own = {"weight_gram": weight_gram(experts), "router_gram": router_gram(router)}
             same = {name: value.cpu().numpy() for name, value in own.items()}
             self.layers[layer] = LayerSums(same=same)
-        size = chunk_tokens(experts, hidden)
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            shape = (experts.num_experts + 1, *hidden[rows].shape)
-            if self.outputs.shape != shape or self.outputs.dtype != hidden.dtype:
-                self.outputs = hidden.new_empty(shape)
-            outputs = every_expert(experts, hidden[rows], self.outputs)
-            outputs[-1] = routed_output(outputs, index[rows], weights[rows])
-            products = inner_products(outputs.flatten(1)).cpu().numpy()
-            tokens = np.float64(outputs.shape[1])
-            self.layers[layer].add({"inner_products": products, "n_tokens": np.asarray(tokens)})
+        count, size = experts.num_experts + 1, hidden.shape[1]
+        chunks = even_chunks(
+            len(hidden), chunk_tokens(count * size * hidden.element_size(), hidden)
+        )
+        width = (chunks[0].stop - chunks[0].start) * size
+        if self.buffer.shape != (count, width) or self.buffer.dtype != hidden.dtype:
+            self.buffer = hidden.new_empty(count, width)
+        for rows in chunks:
+            tokens = rows.stop - rows.start
+            outputs = self.buffer[:, : tokens * size]
+            every_expert(experts, hidden[rows], outputs)
+            outputs[-1] = routed_output(outputs, index[rows], weights[rows]).flatten()
+            products = inner_products(outputs).cpu().numpy()
+            self.layers[layer].add(
+                {"inner_products": products, "n_tokens": np.array(float(tokens))}
+            )
 
     def result(self) -> dict[int, GramStatistics]:
         """Gram statistics by layer."""
         return {index: gram_statistics(layer) for index, layer in self.layers.items()}
 
 
-def every_expert(experts: StackedExperts, hidden: Tensor, outputs: Tensor) -> Tensor:
-    """f_e(x) of every expert on every token [N, H], into the first E of outputs [E + 1, N, H]."""
+def every_expert(experts: StackedExperts, hidden: Tensor, outputs: Tensor) -> None:
+    """f_e(x) of every expert on every token [N, H], into the first E of outputs [E + 1, N H]."""
     for expert in range(experts.num_experts):
         inner, down = experts.inner(expert, hidden), experts.down_proj[expert].T
+        out = outputs[expert].view_as(hidden)
         if experts.down_bias is None:
-            torch.mm(inner, down, out=outputs[expert])
+            torch.mm(inner, down, out=out)
         else:
-            torch.addmm(experts.down_bias[expert], inner, down, out=outputs[expert])
-    return outputs
+            torch.addmm(experts.down_bias[expert], inner, down, out=out)
 
 
-def chunk_tokens(experts: StackedExperts, hidden: Tensor) -> int:
-    """Tokens of a chunk: its outputs fit into CHUNK_BYTES, or a quarter of a GPU's free memory."""
-    free = CHUNK_BYTES
-    if hidden.is_cuda:
-        free = max(free, torch.cuda.mem_get_info(hidden.device)[0] // 4)
-    per_token = (experts.num_experts + 1) * hidden.shape[1] * hidden.element_size()
-    return max(1, min(len(hidden), free // per_token))
+def chunk_tokens(token_bytes: int, hidden: Tensor) -> int:
+    """Most tokens of a chunk, token_bytes each: a quarter of the free memory holds them.
+
+    On a CPU they are at most CHUNK_BYTES; larger products are no faster there.
+    """
+    limit = free_memory(hidden.device) // 4
+    return max(1, (limit if hidden.is_cuda else min(limit, CHUNK_BYTES)) // token_bytes)
+
+
+def even_chunks(tokens: int, limit: int) -> list[slice]:
+    """Consecutive parts of at most `limit` tokens, the first the largest, whole TILES if it can."""
+    size = -(-tokens // -(-tokens // limit))
+    tiles = -(-size // TILE) * TILE
+    size = tiles if tiles <= limit else size
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def weight_gram(experts: StackedExperts) -> Tensor:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from m2d.artifacts import atomic_path, read_json
 from m2d.choose.names import PAPER_GROUPINGS, PAPER_SCALINGS, resolve
-from m2d.choose.plan import Plan, check_keep, make_plan
+from m2d.choose.plan import Plan, check_keep, distinct_plans, make_plan
 from m2d.choose.ranking import rankings_from_dict
 from m2d.errors import UserError
+from m2d.memory import free_memory
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.student import StudentTensors, build_student_skeleton, stored_shapes
 from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
@@ -52,14 +53,6 @@ class ExpertStore:
         return tensor
 
 
-def free_memory() -> int:
-    """Bytes of memory that this machine has available."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
-
-
 class GridStudent:
     """A student in memory whose FFNs are replaced plan by plan; all plans have one width."""
 
@@ -68,7 +61,7 @@ class GridStudent:
     ):
         _, skeleton = build_student_skeleton(teacher, width)
         checkpoint = Checkpoint(teacher.folder)
-        store = ExpertStore(checkpoint, SHARE_OF_FREE_MEMORY * free_memory())
+        store = ExpertStore(checkpoint, SHARE_OF_FREE_MEMORY * free_memory(torch.device("cpu")))
         self.tensors = StudentTensors(
             teacher.family, checkpoint, stored_shapes(skeleton), dtype, store.read
         )
@@ -159,8 +152,7 @@ def measure_plans(
 
     tokens [S, T]; `seconds` is what building and measuring the distinct student took.
     """
-    digests = [plan.digest() for plan in plans]
-    distinct = dict(zip(digests, plans, strict=True))
+    distinct = distinct_plans(plans)
     widths = {layer.width(teacher.expert_width) for plan in plans for layer in plan.layers}
     student = GridStudent(teacher, plans[0], max(widths), dtype, device)
     results = {}
@@ -183,5 +175,5 @@ def measure_plans(
             "n_tokens": results[digest][0].n_tokens,
             "seconds": results[digest][1],
         }
-        for digest, plan in zip(digests, plans, strict=True)
+        for digest, plan in ((plan.digest(), plan) for plan in plans)
     ]
