@@ -19,9 +19,11 @@ from m2d.choose.plan import Group, LayerPlan, Plan
 from m2d.cli import main
 from m2d.conversion import collect_statistics
 from m2d.inspect import inspect
+from m2d.models import checkpoint
 from m2d.models.families import FAMILIES
 from m2d.models.generic import describe
 from m2d.models.stream import StreamedTeacher
+from m2d.models.student import StudentTensors
 from m2d.models.teacher import open_teacher, read_config
 from m2d.stages.grid import GridStudent
 from m2d.stages.merge import write_student
@@ -42,6 +44,8 @@ STUDENTS = {
     "emo_always_active": "LlamaForCausalLM",
 }
 ONE_EXPERT = {"gpt_oss", "olmoe", "qwen2_moe"}
+# Their students' gate and up projections are rows that lie together on disk.
+COPIED = {"qwen3_moe", "deepseek_v2", "glm4_moe", "mixtral", "granitemoe"}
 
 
 def load(folder: Path) -> Any:
@@ -250,6 +254,37 @@ def test_the_grids_student_is_the_merged_one(name: str, tmp_path: Path, teachers
     found = student.become(plan(2))(ids).logits
     merged = load(write_student(teacher, plan(2), tmp_path / "student"))
     torch.testing.assert_close(found, merged(ids).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_copied_bytes_are_those_of_the_computed_tensors(
+    name: str, dtype: torch.dtype | None, tmp_path: Path, teachers: Any, monkeypatch: Any
+) -> None:
+    """What merging copies from file to file, part by part, against reading and concatenating."""
+    monkeypatch.setattr(checkpoint, "COPY_BYTES", 100)
+    groups = (Group((3,), (1.0,), 0.7), Group((1,), (1.0,), 0.4))
+    folder = teachers(name)
+    layers = tuple(LayerPlan(i, groups) for i in open_teacher(folder).moe_layers)
+    plan = Plan("x", "x", "x", None, layers)
+    copied: list[str] = []
+    original = StudentTensors.copied
+
+    def note(self: StudentTensors, tensor: str, plan: Plan) -> Any:
+        found = original(self, tensor, plan)
+        copied.extend([tensor] if found else [])
+        return found
+
+    monkeypatch.setattr(StudentTensors, "copied", note)
+    fast = write_student(open_teacher(folder), plan, tmp_path / "fast", dtype)
+    monkeypatch.setattr(StudentTensors, "copied", lambda *_: None)
+    slow = write_student(open_teacher(folder), plan, tmp_path / "slow", dtype)
+    for file in slow.glob("*.safetensors"):
+        assert (fast / file.name).read_bytes() == file.read_bytes()
+    if dtype is None:
+        assert any("embed_tokens" in tensor for tensor in copied)
+    if dtype is None and name in COPIED:
+        assert any("up_proj" in tensor for tensor in copied)
 
 
 @pytest.mark.parametrize("name", sorted(ONE_EXPERT))

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from m2d.artifacts import read_json
 from m2d.errors import UserError
-from m2d.models.entries import CODES, AnyEntry, Entry, read_entry, read_header
+from m2d.models.entries import CODES, AnyEntry, Entry, blocks, read_entry, read_header
 from m2d.models.families import known_family
 from m2d.models.layouts import canonical
 
@@ -26,6 +26,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Hub tools split at 5 GB; the same here, so that uploads and partial downloads behave alike.
 MAX_SHARD_BYTES = 5_000_000_000
+COPY_BYTES = 4_000_000  # at a time, of tensors that are copied as they are
 
 
 class Checkpoint:
@@ -89,14 +90,16 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
+Content = torch.Tensor | Sequence[Entry]
+"""A tensor, or where the bytes of one lie, part by part."""
 
 
 def write_safetensors(
-    file: Path, specs: dict[str, Spec], tensors: Iterable[torch.Tensor], metadata: dict[str, str]
+    file: Path, specs: dict[str, Spec], tensors: Iterable[Content], metadata: dict[str, str]
 ) -> None:
-    """Write tensors, in the order of `specs`, as they come.
+    """Write tensors, in the order of `specs`, as they come; those on disk are copied in parts.
 
-    Each tensor must have the dtype and shape announced for it.
+    Each must have the dtype and shape (on disk, the dtype and size) announced for it.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -112,11 +115,21 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)  # readers map the data, which wants aligned tensors
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise ValueError(f"{name}: announced {dtype} {shape}, got {tensor.dtype}")
-            if tensor.numel():
-                stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        buffer = bytearray(COPY_BYTES)
+        for (name, (dtype, shape)), content in zip(specs.items(), tensors, strict=True):
+            if isinstance(content, torch.Tensor):
+                if content.dtype != dtype or tuple(content.shape) != shape:
+                    raise ValueError(f"{name}: announced {dtype} {shape}, got {content.dtype}")
+                if content.numel():
+                    stream.write(content.contiguous().view(-1).view(torch.uint8).numpy().data)
+                continue
+            found = sum(entry.nbytes for entry in content)
+            kinds = {entry.dtype for entry in content}
+            if kinds != {dtype} or found != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name}: announced {dtype} {shape}, got {found} bytes of {kinds}")
+            for entry in content:
+                for part in blocks(entry, name, buffer):
+                    stream.write(part)
 
 
 def plan_shards(specs: dict[str, Spec], max_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
@@ -136,7 +149,7 @@ def plan_shards(specs: dict[str, Spec], max_bytes: int = MAX_SHARD_BYTES) -> lis
 def write_checkpoint(
     folder: Path,
     specs: dict[str, Spec],
-    tensor: Callable[[str], torch.Tensor],
+    tensor: Callable[[str], Content],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model's tensors as one file, or as shards with an index.
@@ -153,5 +166,5 @@ def write_checkpoint(
         index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     for file, keys in zip(names, shards, strict=True):
-        part: Iterator[torch.Tensor] = (tensor(key) for key in keys)
+        part: Iterator[Content] = (tensor(key) for key in keys)
         write_safetensors(folder / file, {k: specs[k] for k in keys}, part, {"format": "pt"})

@@ -6,7 +6,7 @@ Reading uses plain file reads, not a memory map, so that resident memory is what
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,14 +123,25 @@ def read_entry(entry: AnyEntry, name: str) -> Tensor:
 
 def fill(entry: Entry, name: str, out: Tensor) -> None:
     """Read the entry's bytes into `out`, contiguous and of the entry's dtype and shape."""
-    if not entry.nbytes:
-        return
-    buffer = memoryview(out.view(-1).view(torch.uint8).numpy().data)
+    if entry.nbytes:
+        _read_into(entry, name, memoryview(out.view(-1).view(torch.uint8).numpy().data), 0)
+
+
+def blocks(entry: Entry, name: str, buffer: bytearray) -> Iterator[memoryview]:
+    """The entry's bytes in parts, each valid until the next is asked for; all lie in `buffer`."""
+    for done in range(0, entry.nbytes, len(buffer)):
+        part = memoryview(buffer)[: min(len(buffer), entry.nbytes - done)]
+        _read_into(entry, name, part, done)
+        yield part
+
+
+def _read_into(entry: Entry, name: str, buffer: memoryview, start: int) -> None:
+    """Fill `buffer` from byte `start` of the entry on."""
     try:
         with entry.file.open("rb", buffering=0) as stream:
-            stream.seek(entry.start)
+            stream.seek(entry.start + start)
             done = 0
-            while done < entry.nbytes:
+            while done < len(buffer):
                 count = stream.readinto(buffer[done:])
                 if not count:
                     raise OSError("the file is cut off")

@@ -6,7 +6,7 @@ groups come first in W, shared experts after them, zeros last.
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from m2d.choose.plan import Group, LayerPlan, Plan
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Spec
+from m2d.models.entries import Entry
 from m2d.models.families import Family, Of, dense_pattern
 from m2d.models.teacher import Teacher, make_skeleton
 
@@ -94,25 +95,24 @@ def _unlike_defaults(
     }
 
 
-def merge_gate_or_up(read: Callable[[int], Tensor], plan: LayerPlan) -> Tensor:
-    """Gate or up projection [plan width, H]: the groups' averages, one below the other.
+def merge_gate_or_up(read: Callable[[int], Tensor], plan: LayerPlan) -> list[Tensor]:
+    """The groups' averages, each [group width, H]: one below the other, a gate or up projection.
 
     read(expert) gives the expert's tensor [I, H] or bias [I]. A group of one is copied exactly.
     """
-    return torch.cat([_select(_average(read, group), group, 0) for group in plan.groups])
+    return [_select(_average(read, group), group, 0) for group in plan.groups]
 
 
-def merge_down(read: Callable[[int], Tensor], plan: LayerPlan, weight: float = 1.0) -> Tensor:
-    """Down projection [H, plan width]: the groups' averages side by side, each times its scale.
+def merge_down(
+    read: Callable[[int], Tensor], plan: LayerPlan, weight: float = 1.0
+) -> Iterator[Tensor]:
+    """The groups' averages [H, group width], each times its scale: side by side, down projections.
 
     read(expert) gives the expert's tensor [H, I]. weight: with which the student itself will
-    multiply the result.
+    multiply the result. Products are rounded once, from float32.
     """
-    parts = []
     for group in plan.groups:
-        part = _select(_average(read, group), group, 1)
-        parts.append((part.float() * (group.scale / weight)).to(part.dtype))
-    return torch.cat(parts, dim=1)
+        yield _select(_average(read, group), group, 1) * (group.scale / weight)
 
 
 def merge_down_bias(read: Callable[[int], Tensor], plan: LayerPlan, weight: float = 1.0) -> Tensor:
@@ -260,6 +260,29 @@ class StudentTensors:
             return torch.zeros(output.shape, dtype=self.dtype or found.dtype)
         return self._fit(name, self.read(output.source))
 
+    def copied(self, name: str, plan: Plan) -> list[Entry] | None:
+        """The tensors on disk whose bytes, one after the other, are those of `make(name, plan)`.
+
+        None where it has to be computed, or where that is not known beforehand.
+        """
+        output = self.outputs[name]
+        layer = next((found for found in plan.layers if found.layer == output.layer), None)
+        sources = [output.source]
+        if layer is not None:
+            alone = all(len(g.experts) == 1 and g.neurons is None for g in layer.groups)
+            if not alone or output.part not in ("gate_proj", "up_proj") or self.family.one_expert:
+                return None
+            experts = [group.experts[0] for group in layer.groups]
+            sources = [self._of_expert(layer.layer, expert, output.part) for expert in experts]
+            sources += self._shared(layer.layer, output.part)
+        found = [self.checkpoint.entry(source) for source in sources]
+        dtype = self.dtype or found[0].dtype
+        entries = [e for e in found if isinstance(e, Entry) and e.dtype == dtype and e.shape]
+        shapes = {entry.shape[1:] for entry in entries}
+        rows = sum(entry.shape[0] for entry in entries)
+        whole = len(entries) == len(found) and shapes == {output.shape[1:]}
+        return entries if whole and rows == output.shape[0] else None
+
     def _is_router(self, output: _Output, shape: tuple[int, ...]) -> bool:
         """Whether the teacher has a row per expert where the student has one."""
         block = self.family.experts.rpartition(".")[0]
@@ -305,12 +328,13 @@ class StudentTensors:
         weight = self.family.one_expert_weight
         if part == "down_proj.bias":
             return merge_down_bias(read, layer, weight)
-        shared = [self.read(name) for name in self._shared(layer.layer, part)]
+        shared = (self.read(name) for name in self._shared(layer.layer, part))
         if part == "down_proj":
-            merged = merge_down(read, layer, weight)
-            return torch.cat([merged, *(tensor.to(merged.dtype) for tensor in shared)], dim=1)
-        merged = merge_gate_or_up(read, layer)
-        return torch.cat([merged, *(tensor.to(merged.dtype) for tensor in shared)])
+            merged = list(merge_down(read, layer, weight))
+        else:
+            merged = merge_gate_or_up(read, layer)
+        parts = [*merged, *(tensor.to(merged[0].dtype) for tensor in shared)]
+        return torch.cat(parts, dim=1 if part == "down_proj" else 0)
 
     def _shared(self, layer: int, part: str) -> list[str]:
         """Canonical names of what shared experts add to a dense student's FFN."""

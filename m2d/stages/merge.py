@@ -22,7 +22,7 @@ from m2d.choose.plan import Plan, check_keep, make_plan, plan_from_dict
 from m2d.choose.ranking import rankings_from_dict
 from m2d.errors import UserError
 from m2d.model_card import model_card
-from m2d.models.checkpoint import Checkpoint, Spec, write_checkpoint
+from m2d.models.checkpoint import Checkpoint, Content, Spec, write_checkpoint
 from m2d.models.student import StudentTensors, build_student_skeleton, stored_shapes
 from m2d.models.teacher import Teacher, count_parameters, open_teacher, pick_dtype
 from m2d.options import DTYPES, positive
@@ -81,7 +81,7 @@ def write_student(
         teacher.folder,
         raw,
         specs,
-        lambda name: tensors.make(name, plan),
+        lambda name: tensors.copied(name, plan) or tensors.make(name, plan),
         record,
         {"plan.json": plan.to_dict()},
     )
@@ -92,7 +92,7 @@ def write_folder(
     source: Path,
     config: dict[str, Any],
     specs: dict[str, Spec],
-    make: Callable[[str], torch.Tensor],
+    make: Callable[[str], Content],
     record: dict[str, Any],
     others: dict[str, dict[str, Any]],
 ) -> Path:
@@ -105,7 +105,7 @@ def write_folder(
         folder.mkdir()
         bar: Iterator[str] = iter(progress(list(specs), "writing, tensors"))
 
-        def tensor(name: str) -> torch.Tensor:
+        def tensor(name: str) -> Content:
             next(bar)
             return make(name)
 
