@@ -1,11 +1,16 @@
 """The chunked loss against the direct formula in float64."""
 
+from functools import partial
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from m2d.distill.liger import liger_loss, require_liger
 from m2d.distill.loss import Head, default_chunk, distillation_loss
+from m2d.errors import UserError
 
 TOKENS, STUDENT_HIDDEN, TEACHER_HIDDEN, VOCABULARY = 23, 12, 20, 51
 
@@ -158,3 +163,60 @@ def test_chunks_shrink_with_the_vocabulary() -> None:
 def sum_args() -> tuple[Tensor, Head, Tensor, Head]:
     student, head, teacher, teacher_head = case()
     return student, Head(head), teacher, Head(teacher_head)
+
+
+# --- Liger's ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="the extra m2d[liger]")
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_liger_agrees_with_our_loss(divergence: str, temperature: float) -> None:
+    bias = torch.linspace(-1, 1, VOCABULARY)
+    results = []
+    for measure in (distillation_loss, partial(liger_loss, compiled=False)):
+        student, head, teacher, teacher_head = case()
+        own_bias = bias.clone().requires_grad_()
+        loss = measure(
+            student,
+            Head(head, own_bias, 0.5),
+            teacher,
+            Head(teacher_head, bias.flip(0), 1 / 3),
+            divergence=divergence,
+            temperature=temperature,
+        )
+        (loss * 0.7).backward()
+        results.append((loss.detach(), student.grad, head.grad, own_bias.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="the extra m2d[liger]")
+def test_liger_takes_bfloat16_without_autocast() -> None:
+    """As DeepSpeed has it; the products' rounding is all that differs."""
+    student, head, teacher, teacher_head = (x.detach().bfloat16() for x in case())
+    heads = (Head(head), Head(teacher_head))
+    options = {"divergence": "forward_kl", "temperature": 1.0}
+    ours = distillation_loss(student, heads[0], teacher, heads[1], **options)
+    theirs = liger_loss(student, heads[0], teacher, heads[1], compiled=False, **options)
+    assert theirs.dtype == torch.float32
+    torch.testing.assert_close(theirs, ours, rtol=5e-4, atol=0)
+
+
+def test_liger_is_asked_for_by_name_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"liger-kernel is not installed; pip install 'm2d\[liger\]'"
+    ):
+        require_liger()
+
+
+def test_liger_refuses_a_soft_cap() -> None:
+    pytest.importorskip("liger_kernel")
+    student, head, teacher, teacher_head = case()
+    heads = (Head(head, softcap=3.0), Head(teacher_head))
+    with pytest.raises(UserError, match="soft cap"):
+        liger_loss(
+            student, heads[0], teacher, heads[1],
+            divergence="forward_kl", temperature=1.0, compiled=False,
+        )  # fmt: skip

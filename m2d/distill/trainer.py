@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from m2d.artifacts import flush_to_disk, fsync
 from m2d.distill.data import PackedTokens
+from m2d.distill.liger import liger_loss
 from m2d.distill.loss import Head, distillation_loss, stored_loss
 from m2d.distill.outputs import StoredOutputs
 from m2d.errors import UserError
@@ -49,6 +50,7 @@ class Recipe:
     weight_decay: float
     max_grad_norm: float
     loss: str
+    loss_implementation: str
     temperature: float
     cross_entropy_weight: float
     teacher_top_k: int | None
@@ -131,6 +133,16 @@ class StudentLoss(nn.Module):
             return stored_loss(student_BLH.flatten(0, 1), head_of(self.student), ids_Tn, p_Tn)
         assert teacher_BLH is not None
         assert teacher_head is not None
+        if self.recipe.loss_implementation == "liger":
+            return liger_loss(
+                student_BLH.flatten(0, 1),
+                head_of(self.student),
+                teacher_BLH.flatten(0, 1),
+                teacher_head,
+                divergence=self.recipe.loss,
+                temperature=self.recipe.temperature,
+                compiled=self.recipe.compile,
+            )
         labels = None
         if self.recipe.cross_entropy_weight:
             labels = torch.full_like(input_ids, -100)

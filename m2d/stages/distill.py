@@ -77,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="forward_kl",
         help="(forward_kl)",
     )
+    loss.add_argument(
+        "--loss-implementation",
+        choices=("chunked", "liger"),
+        default="chunked",
+        help="liger: liger-kernel's, from pip install 'm2d[liger]' (chunked)",
+    )
     loss.add_argument("--temperature", type=number(1e-3), default=1.0, help="(1)")
     loss.add_argument(
         "--cross-entropy-weight",
@@ -165,6 +171,7 @@ def make_recipe(args: argparse.Namespace, strategy: str, sequences: int) -> Any:
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         loss=args.loss,
+        loss_implementation=args.loss_implementation,
         temperature=args.temperature,
         cross_entropy_weight=args.cross_entropy_weight,
         teacher_top_k=args.teacher_top_k,
@@ -176,6 +183,19 @@ def make_recipe(args: argparse.Namespace, strategy: str, sequences: int) -> Any:
         processes=processes,
         seed=args.seed,
     )
+
+
+def check_loss(args: argparse.Namespace) -> None:
+    """Raise a UserError where the options of the loss do not go together."""
+    if args.loss_implementation == "liger":
+        from m2d.distill.liger import require_liger
+
+        require_liger()
+        if args.cross_entropy_weight or args.teacher_outputs:
+            raise UserError(
+                "--loss-implementation liger: goes without --cross-entropy-weight and "
+                "--teacher-outputs"
+            )
 
 
 def expand_routing(config: Any, top_k: int, folder: Path) -> None:
@@ -255,6 +275,7 @@ def run(args: argparse.Namespace) -> None:
     from m2d.models.teacher import dtype_of, locate, pick_dtype, quiet, read_config
 
     require_absent(args.out)
+    check_loss(args)
     student_folder, teacher_folder = locate(args.student), locate(args.teacher)
     _, student_config = read_config(student_folder)
     _, teacher_config = read_config(teacher_folder)
