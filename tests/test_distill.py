@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,7 @@ from transformers import (
 from m2d.cli import main
 from m2d.distill import watch
 from m2d.distill.data import PackedTokens, mixture, pack_tokens, write_packed
-from m2d.distill.trainer import check_head
+from m2d.distill.trainer import check_head, hidden_states
 from m2d.errors import UserError
 
 STEPS = 6
@@ -259,7 +260,25 @@ def test_options_reach_the_training(place: Path, whole: Path) -> None:
     )
 
 
+def test_a_spread_teacher_is_the_same_teacher(place: Path, whole: Path) -> None:
+    """With accelerate's hooks on every part; on this machine all of them are on the CPU."""
+    options = ["--teacher-device-map", json.dumps({"": "cpu"})]
+    assert main(arguments(place, "spread", *options)) == 0
+    assert_identical(place / "spread", whole)
+    parts = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm"]
+    parts += ["model.rotary_emb", "lm_head"]
+    ids = torch.arange(16)[None]
+    teacher = AutoModelForCausalLM.from_pretrained(place / "teacher").eval()
+    with torch.no_grad():
+        before = hidden_states(teacher, ids)
+        spread = dispatch_model(teacher, dict.fromkeys(parts, "cpu"), "cpu", force_hooks=True)
+        assert hasattr(spread.model.layers[1], "_hf_hook")
+        assert torch.equal(hidden_states(spread, ids), before)
+    check_head(spread, ids, "teacher")
+
+
 BAD = {
+    "device map": (["--teacher-device-map", "everywhere"], "nor a JSON object of modules"),
     "out exists": (["--seed", "0"], "exists already"),
     "batch": (["--device-batch", "3"], "must be a multiple of --device-batch 3"),
     "schedule": (["--warmup-steps", "5", "--decay-steps", "5"], "are more than the 6 steps"),

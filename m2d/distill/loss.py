@@ -46,6 +46,11 @@ class Head(NamedTuple):
     multiplier: float = 1.0
     softcap: float | None = None
 
+    def to(self, device: torch.device) -> "Head":
+        """The head on another device."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(device)
+        return self._replace(weight_VH=self.weight_VH.to(device), bias_V=bias_V)
+
     def products(self, hidden_CH: Tensor) -> Tensor:
         """hidden @ weight.T, [C, V], in the dtype of `hidden_CH`."""
         return torch.mm(hidden_CH, self.weight_VH.to(hidden_CH.dtype).t())

@@ -95,7 +95,9 @@ def check_head(model: PreTrainedModel, input_ids: Tensor, name: str) -> None:
     """
     ids = input_ids.to(model.device)
     own = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
-    ours = head_of(model).logits(hidden_states(model, ids).flatten(0, 1))
+    ours = (
+        head_of(model).to(own.device).logits(hidden_states(model, ids).flatten(0, 1).to(own.device))
+    )
     tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
     if not torch.allclose(ours, own, rtol=0, atol=tolerance * float(own.abs().max())):
         raise UserError(
@@ -179,6 +181,10 @@ class DistillationTrainer(Trainer):
         super().__init__(model, **kwargs)
         self.student_loss = model  # self.model may be wrapped
         self.teacher = teacher
+        self.teacher_head: Head | None = None
+        if not isinstance(teacher, StoredOutputs):
+            # A teacher may be spread over devices; its hidden states follow to the student's.
+            self.teacher_head = head_of(teacher).to(self.args.device)
         self.recipe = recipe
 
     def compute_loss(
@@ -199,8 +205,8 @@ class DistillationTrainer(Trainer):
             loss = model(ids, stored_BLn=stored)
         else:
             with torch.no_grad():
-                teacher_BLH = hidden_states(self.teacher, ids)
-            loss = model(ids, teacher_BLH, head_of(self.teacher))
+                teacher_BLH = hidden_states(self.teacher, ids).to(ids.device)
+            loss = model(ids, teacher_BLH, self.teacher_head)
         tokens = self.recipe.batch * ids.shape[1]
         loss = loss / tokens * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss

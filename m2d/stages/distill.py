@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from m2d.artifacts import require_absent, write_json
+from m2d.distill.loading import device_map
 from m2d.errors import UserError
 from m2d.options import DTYPES, positive
 from m2d.progress import say
@@ -106,6 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bf16",
         help="of the student's steps (bf16)",
     )
+    compute.add_argument(
+        "--teacher-device-map",
+        type=device_map,
+        metavar="MAP",
+        help="spread the teacher: auto, or JSON of modules to devices (beside the student)",
+    )
     compute.add_argument("--teacher-dtype", choices=DTYPES, help="(default: the checkpoint's)")
     compute.add_argument("--device", help="(default: a GPU for each process if there is one)")
     compute.add_argument(
@@ -185,8 +192,13 @@ def make_recipe(args: argparse.Namespace, strategy: str, sequences: int) -> Any:
     )
 
 
-def check_loss(args: argparse.Namespace) -> None:
-    """Raise a UserError where the options of the loss do not go together."""
+def check_options(args: argparse.Namespace) -> None:
+    """Raise a UserError where the options of loss and teacher do not go together."""
+    if args.teacher_device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "--teacher-device-map: each of several processes holds a teacher on its own device; "
+            "start one process, or store the teacher's outputs first (m2d outputs)"
+        )
     if args.loss_implementation == "liger":
         from m2d.distill.liger import require_liger
 
@@ -196,27 +208,6 @@ def check_loss(args: argparse.Namespace) -> None:
                 "--loss-implementation liger: goes without --cross-entropy-weight and "
                 "--teacher-outputs"
             )
-
-
-def expand_routing(config: Any, top_k: int, folder: Path) -> None:
-    """Raise the number of routed experts per token in a teacher's config, in place.
-
-    Any family will do: its key is found as for a conversion. Routers that first choose groups of
-    experts cannot route to more experts than the chosen groups have.
-    """
-    from m2d.models.teacher import open_teacher
-
-    teacher = open_teacher(folder, config_only=True)
-    most, name = teacher.num_experts, "experts"
-    groups, chosen = (getattr(config, key, None) for key in ("n_group", "topk_group"))
-    if groups and chosen and chosen < groups:
-        most, name = most // groups * chosen, "experts of the groups that its router chooses"
-    if not teacher.top_k <= top_k <= most:
-        raise UserError(
-            f"--teacher-top-k {top_k}: must lie between the teacher's own {teacher.top_k} and its "
-            f"{most} {name}"
-        )
-    setattr(config, teacher.family.top_k, top_k + teacher.shared_in_experts)
 
 
 def open_outputs(args: argparse.Namespace, vocabulary: int) -> Any:
@@ -235,27 +226,6 @@ def open_outputs(args: argparse.Namespace, vocabulary: int) -> Any:
     return StoredOutputs(args.teacher_outputs, args.tokens, vocabulary)
 
 
-def load_model(folder: Path, config: Any, dtype: Any, device: Any) -> Any:
-    """A stock causal LM on `device`. No code of the folder is run, no pickle read."""
-    from transformers import AutoModelForCausalLM
-
-    from m2d.models.teacher import quiet
-
-    try:
-        with quiet():
-            return AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{folder}: transformers cannot load it ({reason[0]})") from None
-
-
 def main(args: argparse.Namespace) -> None:
     try:
         run(args)
@@ -271,11 +241,12 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from m2d.distill.data import PackedTokens
+    from m2d.distill.loading import expand_routing, load_model
     from m2d.distill.processes import broadcast, start_processes
     from m2d.models.teacher import dtype_of, locate, pick_dtype, quiet, read_config
 
     require_absent(args.out)
-    check_loss(args)
+    check_options(args)
     student_folder, teacher_folder = locate(args.student), locate(args.teacher)
     _, student_config = read_config(student_folder)
     _, teacher_config = read_config(teacher_folder)
@@ -309,7 +280,9 @@ def run(args: argparse.Namespace) -> None:
     teacher: Any = stored
     if stored is None:
         dtype = pick_dtype(args.teacher_dtype, dtype_of(teacher_config, teacher_folder))
-        teacher = load_model(teacher_folder, teacher_config, dtype, device)
+        teacher = load_model(
+            teacher_folder, teacher_config, dtype, args.teacher_device_map or device
+        )
         trainer.check_head(teacher, sample, args.teacher)
     student = load_model(student_folder, student_config, torch.float32, device)
     trainer.check_head(student, sample, str(args.student))

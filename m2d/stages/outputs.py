@@ -14,6 +14,7 @@ import torch
 
 from m2d.artifacts import sha256_of
 from m2d.distill.data import PackedTokens
+from m2d.distill.loading import device_map, expand_routing, load_model
 from m2d.distill.outputs import (
     KINDS,
     outputs_of,
@@ -26,7 +27,6 @@ from m2d.errors import UserError
 from m2d.models.teacher import dtype_of, locate, pick_device, pick_dtype, read_config
 from m2d.options import add_compute_options, positive
 from m2d.progress import progress, say
-from m2d.stages.distill import expand_routing, load_model
 
 
 def part(text: str) -> tuple[int, int]:
@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=positive, default=1024, help="sequences of a shard (1024)")
     parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="of the shards")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    parser.add_argument(
+        "--device-map", type=device_map, metavar="MAP", help="spread the teacher: auto, or JSON"
+    )
     add_compute_options(parser)
 
 
@@ -84,7 +87,9 @@ def main(args: argparse.Namespace) -> None:
     mine = list(shard_rows(tokens.sequences, args.rows))[first::step]
     missing = [item for item in mine if not shard_path(args.out, item[0]).exists()]
     if missing:
-        model = load_model(folder, config, pick_dtype(args.dtype, own), device).eval()
+        where = args.device_map or device
+        model = load_model(folder, config, pick_dtype(args.dtype, own), where).eval()
+        head = head_of(model).to(device)
         stored = tokens.rows()
         check_head(model, torch.from_numpy(stored[0:1].astype("int64"))[:, :16], args.teacher)
     for number, rows in progress(missing, "teacher outputs, shards"):
@@ -94,8 +99,8 @@ def main(args: argparse.Namespace) -> None:
         for start in range(rows.start, rows.stop, args.batch):
             batch = stored[start : min(start + args.batch, rows.stop)]
             ids = torch.from_numpy(batch.astype("int64")).to(device)
-            hidden_TH = hidden_states(model, ids).flatten(0, 1)
-            made = outputs_of(hidden_TH, head_of(model), args.kind, args.size, generator)
+            hidden_TH = hidden_states(model, ids).flatten(0, 1).to(device)
+            made = outputs_of(hidden_TH, head, args.kind, args.size, generator)
             parts.append([x.cpu().unflatten(0, tuple(ids.shape)) for x in made])
         ids, log_p = (torch.cat(column) for column in zip(*parts, strict=True))
         write_shard(shard_path(args.out, number), ids, log_p, vocabulary)
