@@ -281,7 +281,7 @@ def language_model_loss(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
 
 def train_teacher(
     out: Path,
-    steps: int = 4000,
+    steps: int = 3000,
     learning_rate: float = 4e-3,
     weight_decay: float = 0.1,
     balance: float = 0.02,
