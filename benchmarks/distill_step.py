@@ -96,6 +96,7 @@ def main() -> None:
         weight_decay=0.0,
         max_grad_norm=1.0,
         loss="forward_kl",
+        loss_implementation="chunked",
         temperature=1.0,
         cross_entropy_weight=0.0,
         teacher_top_k=None,
