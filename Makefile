@@ -1,5 +1,6 @@
 # make demo   set everything up and run the pipeline on the embedded demo teacher
 # make test   set everything up and run the tests
+# make test-slurm  run the workflow on a real Slurm, started for it (root; munge, slurmctld, slurmd)
 # make check  set everything up and run the static checks
 # Needs Python >= 3.11 and make; another interpreter: make demo PYTHON=python3.12
 
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Rules of the workflow call `m2d`, and so find this environment's.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test check format profiles clean help
+.PHONY: demo test test-slurm check format profiles clean help
 
 demo: $(STAMP)
 	$(IN_VENV) snakemake --profile profiles/local all_demo
@@ -18,6 +19,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(IN_VENV) pytest -n 2 --dist loadgroup
+
+test-slurm: $(STAMP)
+	$(IN_VENV) pytest -m slurm tests/test_slurm.py
 
 check: $(STAMP)
 	$(IN_VENV) ruff check .
@@ -34,7 +38,7 @@ format: $(STAMP)
 # Links the profiles to where Snakemake looks for them: then `snakemake --profile slurm` works.
 profiles:
 	mkdir -p "$(or $(XDG_CONFIG_HOME),$(HOME)/.config)/snakemake"
-	for name in local slurm; do \
+	for name in local gpu slurm; do \
 	    ln -sfn "$(CURDIR)/profiles/$$name" \
 	        "$(or $(XDG_CONFIG_HOME),$(HOME)/.config)/snakemake/$$name"; \
 	done
@@ -43,7 +47,7 @@ clean:
 	rm -rf results report.html
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 # Debian's Python makes environments without pip unless python3-venv is installed; then the pip
 # outside serves the environment.

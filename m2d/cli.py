@@ -11,6 +11,7 @@ import sys
 
 from m2d import __version__
 from m2d.errors import UserError
+from m2d.gpus import take_gpu
 
 COMMANDS = {
     "convert": ("m2d.conversion", "turn a teacher into a dense student, in one call"),
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     # A terminated run unwinds like an interrupted one, so that no temporary file remains.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        take_gpu(args.command)
         importlib.import_module(COMMANDS[args.command][0]).main(args)
     except UserError as error:
         if args.debug:
