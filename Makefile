@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Rules of the workflow call `m2d`, and so find this environment's.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slurm check format profiles clean help
+.PHONY: demo test test-slurm check format rulegraph profiles clean help
 
 demo: $(STAMP)
 	$(IN_VENV) snakemake --profile profiles/local all_demo
@@ -34,6 +34,11 @@ format: $(STAMP)
 	$(IN_VENV) ruff check --fix .
 	$(IN_VENV) ruff format .
 	$(IN_VENV) snakefmt workflow
+
+# The picture of the workflow in docs/cluster.md; needs graphviz.
+rulegraph: $(STAMP)
+	$(IN_VENV) snakemake --nolock --forceall --rulegraph tables 2>/dev/null \
+	    | $(VENV)/bin/python docs/figures/rulegraph.py | dot -Tsvg -o docs/figures/rulegraph.svg
 
 # Links the profiles to where Snakemake looks for them: then `snakemake --profile slurm` works.
 profiles:

@@ -170,3 +170,11 @@ def test_jobs_ask_for_what_their_teacher_needs(jobs: list[Job]) -> None:
     assert (pruned["nodes"], pruned["gres"]) == ("4", "gpu:8")
     short = of("distill_student", teacher="emo", recipe="paper-300m")
     assert (short["nodes"], short["gpu"], "gres" in short) == ("1", "1", False)
+
+
+def test_the_figure_shows_the_rules(jobs: list[Job]) -> None:
+    """`make rulegraph` after a rule is added."""
+    figure = (REPOSITORY / "docs" / "figures" / "rulegraph.svg").read_text(encoding="utf-8")
+    shown = set(re.findall(r"<title>(\w+)</title>", figure)) - {"rules"}
+    names = {re.sub(r"^(evaluate_(?:teacher|student))_\w+$", r"\1", job.rule) for job in jobs}
+    assert shown == {n for n in names if not n.startswith("all_")} - {"tables"}
