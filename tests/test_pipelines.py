@@ -90,10 +90,12 @@ def test_jobs_of_a_teacher(jobs: list[Job], teacher: str) -> None:
     assert count(jobs, "measure_teacher", teacher=teacher) == 1
     assert count(jobs, "evaluate_teacher", teacher=teacher) == 6
     assert count(jobs, "make_tokens", teacher=teacher) == 3
+    assert count(jobs, "download_teacher", teacher=teacher) == 1
 
 
 def test_demo(jobs: list[Job]) -> None:
     """Its closed-form students add a scoring method of their own."""
+    assert count(jobs, "download_teacher", teacher="demo") == 0
     assert count(jobs, "rank_experts", teacher="demo") == 8
     assert count(jobs, "measure_grid", teacher="demo") == 7
 

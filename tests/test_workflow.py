@@ -403,3 +403,27 @@ def test_bad_config_is_one_line(project: Path) -> None:
     assert done.returncode == 1
     assert "recipes.short: unknown key 'learning_rat'; did you mean learning_rate?" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_statistics_are_shared_between_folders(
+    tmp_path: Path, tiny_teacher: Path, tiny_text: Path, stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The between-workflow cache: a second results folder computes no statistics."""
+    folder = make_project(tmp_path / "p", tiny_teacher, tiny_text)
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("SNAKEMAKE_OUTPUT_CACHE", str(tmp_path / "cache"))
+
+    def files_in(results: str) -> list[Path]:
+        files = [f"{results}/tiny/statistics.parquet", f"{results}/tiny/gram.safetensors"]
+        snakemake(folder, "--cache", "--config", f"results={results}", "--", *files, stub=stub)
+        return [folder / file for file in files]
+
+    first = files_in("results")
+    for file in first:
+        assert file.is_symlink()
+    broken = make_stub(tmp_path / "broken")
+    text = (broken / "m2d").read_text(encoding="utf-8")
+    text = text.replace("case $1 in", "case $1 in\n    stats | gram) exit 1 ;;")
+    (stub / "m2d").write_text(text, encoding="utf-8")
+    second = files_in("elsewhere")
+    assert [f.resolve() for f in first] == [f.resolve() for f in second]

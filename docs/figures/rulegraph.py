@@ -11,7 +11,7 @@ import networkx as nx
 
 # Rules by where they stand, for the colours.
 STAGES = {
-    "#dbe9f6": ("make_corpus", "make_tasks", "make_tokens"),
+    "#dbe9f6": ("download_teacher", "make_corpus", "make_tasks", "make_tokens"),
     "#fde5c8": ("compute_statistics", "compute_gram", "compute_share", "combine_statistics",
                 "measure_neurons", "rank_experts", "measure_grid"),
     "#d9efd5": ("merge_student", "merge_neurons", "prune_student", "initialise_student",

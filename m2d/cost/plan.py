@@ -28,6 +28,8 @@ from m2d.cost.needs import BYTES, Need
 from m2d.errors import UserError
 
 SCHEMA = Path("workflow/schemas/config.schema.yaml")
+# Rules on a teacher that compute next to nothing.
+UNSIZED = {"combine_statistics", "download_teacher", "rank_experts"}
 JOB = re.compile(r"^(?:local)?(?:rule|checkpoint) (\w+):\n((?:    .*\n)*)", re.M)
 
 
@@ -112,7 +114,7 @@ def dry_run(target: str, everything: bool) -> str:
 
 
 def plan_of(target: str, jobs: Iterable[Job], config: Config) -> Plan:
-    """The plan of a target's jobs. Targets themselves, which run nothing, are left out."""
+    """The plan of a target's jobs, dearest rules first, without targets, which run nothing."""
     rows: dict[str, Row] = {}
     teachers: set[str] = set()
     for job in jobs:
@@ -128,7 +130,8 @@ def plan_of(target: str, jobs: Iterable[Job], config: Config) -> Plan:
         (size_on_hub(config, name) for model, name in models.items() if not Path(model).is_dir()),
         0.0,
     )
-    return Plan(target, list(rows.values()), downloads)
+    ordered = sorted(rows.values(), key=lambda row: (-row.gpu_hours, row.rule))
+    return Plan(target, ordered, downloads)
 
 
 def add_job(row: Row, job: Job, config: Config) -> None:
@@ -139,7 +142,7 @@ def add_job(row: Row, job: Job, config: Config) -> None:
             rule, names["evaluation"] = kind, rule.removeprefix(f"{kind}_")
     need, gpus = Need(), 0
     hours = job.minutes / 60
-    if "teacher" in names and rule != "rank_experts":
+    if "teacher" in names and rule not in UNSIZED:
         asked = resources_of(config, rule, names, 1)
         gpus = int(asked["processes"] or 0) * int(asked["nodes"] or 1)
         known = need_of(config, rule, names)

@@ -11,7 +11,14 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from m2d.best import best_configuration
-from m2d.config import SHAPE, check_config, evaluation_jobs, goes_with, has_experts, student_kind
+from m2d.config import (
+    SHAPE,
+    check_config,
+    evaluation_jobs,
+    goes_with,
+    has_experts,
+    student_kind,
+)
 from m2d.cost.jobs import resources_of
 from m2d.digest import PACKAGE, code_digest
 from m2d.errors import UserError
@@ -53,11 +60,16 @@ def teacher_of(wildcards):
 
 
 def teacher_files(wildcards):
-    """The files of a teacher in a local folder, so that a new teacher re-runs everything."""
+    """The files of a teacher in a local folder, so that a new teacher re-runs everything.
+
+    Of one on the hub, the mark that it was fetched, never a reason to re-run.
+    """
     folder = Path(teacher_of(wildcards)["model"])
+    if not folder.is_dir():
+        return ancient(f"<results>/{wildcards.teacher}/downloaded")
     return sorted(
         str(file)
-        for file in (folder.iterdir() if folder.is_dir() else [])
+        for file in folder.iterdir()
         if file.suffix in (".safetensors", ".json", ".model", ".jinja")
     )
 

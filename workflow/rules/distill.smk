@@ -23,7 +23,6 @@ rule distill_student:
         "<logs>/distill_student/{teacher}/{student}/{recipe}.log",
     benchmark:
         "<benchmarks>/distill_student/{teacher}/{student}/{recipe}.tsv"
-    retries: 4
     conda:
         "../envs/m2d.yaml"
     threads: 1

@@ -2,6 +2,10 @@
 # in:  a teacher, <results>/{teacher}/tokens/calibration.safetensors
 # out: <results>/{teacher}/statistics.parquet, gram.safetensors
 #
+# With `--cache` and SNAKEMAKE_OUTPUT_CACHE set, other folders and users share what one has computed:
+# equal are the code, the options, the tokens and the teacher's files, whatever the environment.
+# Hence the two have no benchmark: Snakemake allows none where a result may come from the cache.
+#
 # A teacher with `shares: N` has N jobs take a share of the sequences each, for both kinds, and one
 # more add them up: bit for bit what one job would compute.
 
@@ -15,10 +19,9 @@ rule compute_statistics:
         "<results>/{teacher}/statistics.parquet",
     log:
         "<logs>/compute_statistics/{teacher}.log",
-    benchmark:
-        "<benchmarks>/compute_statistics/{teacher}.tsv"
     wildcard_constraints:
         teacher=any_of(name for name in config["teachers"] if not shares_of(name)),
+    cache: "omit-software"
     conda:
         "../envs/m2d.yaml"
     threads: 1
@@ -45,10 +48,9 @@ rule compute_gram:
         "<results>/{teacher}/gram.safetensors",
     log:
         "<logs>/compute_gram/{teacher}.log",
-    benchmark:
-        "<benchmarks>/compute_gram/{teacher}.tsv"
     wildcard_constraints:
         teacher=any_of(name for name in config["teachers"] if not shares_of(name)),
+    cache: "omit-software"
     conda:
         "../envs/m2d.yaml"
     threads: 1

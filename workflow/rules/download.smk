@@ -1,0 +1,23 @@
+# Teachers that the config names by a hub id, fetched into the Hugging Face cache (HF_HOME).
+# out: <results>/{teacher}/downloaded, which says that the files are there
+
+
+rule download_teacher:
+    """Fetch a teacher, on the machine that runs Snakemake: compute nodes may have no network."""
+    output:
+        touch("<results>/{teacher}/downloaded"),
+    log:
+        "<logs>/download_teacher/{teacher}.log",
+    benchmark:
+        "<benchmarks>/download_teacher/{teacher}.tsv"
+    localrule: True
+    conda:
+        "../envs/m2d.yaml"
+    threads: 1
+    params:
+        model=lambda wildcards: teacher_of(wildcards)["model"],
+        files="'*.json' '*.safetensors' '*.model' '*.txt' '*.jinja' 'tokenizer*'",
+    shell:
+        """
+        env -u HF_HUB_OFFLINE hf download {params.model} --include {params.files} >{log} 2>&1
+        """
