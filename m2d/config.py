@@ -21,7 +21,7 @@ Config = dict[str, Any]
 
 # Names of folders beside the teachers', and of results beside the recipes'.
 RESERVED = {
-    "teachers": {"corpus", "tasks", "tables", "figures", "benchmarks", "logs"},
+    "teachers": {"corpus", "tasks", "tables", "figures", "cards", "benchmarks", "logs"},
     "recipes": {"merged", "refit"},
 }
 # Sizes of a student by structured pruning.

@@ -9,6 +9,7 @@ import synthetic_run as run
 import yaml
 from safetensors.numpy import save_file
 
+from m2d import cli
 from m2d.choose.names import TERMS
 from m2d.errors import UserError
 from m2d.model_card import GROUPINGS, SCALINGS, SCORINGS, model_card
@@ -74,11 +75,11 @@ def test_nothing_known_still_gives_a_card() -> None:
     assert "## How to load it" in model_card({})
 
 
+def run_card(*words: object) -> int:
+    return cli.main(["card", *map(str, words)])
+
+
 def test_card_renewed_with_scores(tmp_path: Path) -> None:
-    import argparse
-
-    from m2d.stages.card import add_arguments, main
-
     student = tmp_path / "student"
     run.write_json(student / "m2d.json", PROVENANCE)
     evaluation = tmp_path / "demo_package.json"
@@ -86,18 +87,45 @@ def test_card_renewed_with_scores(tmp_path: Path) -> None:
     perplexity = run.write_json(tmp_path / "p.json", {"perplexity": 12.5, "n_tokens": 9000})
     tokens = tmp_path / "tokens.safetensors"
     save_file({"input_ids": np.zeros((4, 16), np.int64)}, tokens, {"source": "other text"})
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    out = tmp_path / "card.md"
-    files = ["--perplexity", str(perplexity), "--evaluation", str(evaluation)]
-    files += ["--calibration", str(tokens), "--out", str(out)]
-    main(parser.parse_args([str(student), *files]))
+    files = ["--perplexity", perplexity, "--evaluation", evaluation, "--calibration", tokens]
+    assert run_card("--out", tmp_path / "cards", student, *files) == 0
     text = (student / "README.md").read_text(encoding="utf-8")
-    assert out.read_text(encoding="utf-8") == text
+    assert (tmp_path / "cards" / "student.md").read_text(encoding="utf-8") == text
     assert "| perplexity (9,000 tokens of test text) | 12.5 |" in text
     assert "| demo_package, 0-shot, acc_norm | 0.75 ± 0.028 |" in text
     assert "other text: 4 sequences of 16 tokens (64 in all)" in text
     assert json.loads((student / "m2d.json").read_text()) == PROVENANCE
+
+
+def test_each_of_several_students_gets_its_own_scores(tmp_path: Path) -> None:
+    files = run.write_students(tmp_path)
+    tokens = tmp_path / run.TEACHER / "tokens" / "calibration.safetensors"
+    tokens.parent.mkdir()
+    save_file({"input_ids": np.zeros((4, 16), np.int64)}, tokens, {"source": "own text"})
+    fresh = tmp_path / run.TEACHER / "students" / "fresh" / "merged"
+    run.write_json(fresh / "m2d.json", {"baseline": {"kind": "random_ffn"}})
+    students = [*(file.parent for file in files["provenance"]), fresh]
+    words = ["--out", tmp_path / "cards", *students, "--perplexity", *files["perplexity"]]
+    words += ["--evaluation", *files["evaluation"], "--calibration", tokens]
+    assert run_card(*words) == 0
+    for student in students[:-1]:
+        text = (student / "README.md").read_text(encoding="utf-8")
+        perplexity = json.loads(student.with_name(f"{student.name}.perplexity.json").read_text())
+        assert f"tokens of test text) | {perplexity['perplexity']:.4g} |" in text
+        assert text.count("| demo_") == 2
+        assert "own text: 4 sequences" in text
+        copy = tmp_path / "cards" / f"{run.TEACHER}.{student.parent.name}.{student.name}.md"
+        assert copy.read_text(encoding="utf-8") == text
+    text = (fresh / "README.md").read_text(encoding="utf-8")
+    assert "Calibration" not in text
+    assert "## Scores" not in text
+
+
+def test_nothing_is_written_when_one_student_is_amiss(tmp_path: Path) -> None:
+    run.write_json(tmp_path / "one" / "m2d.json", PROVENANCE)
+    assert run_card(tmp_path / "one", tmp_path / "other", "--out", tmp_path / "cards") == 2
+    assert not (tmp_path / "one" / "README.md").exists()
+    assert not (tmp_path / "cards").exists()
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"results": {"mmlu": {"alias": "mmlu"}}}'])

@@ -5,6 +5,7 @@ stub in the place of every stage but ranking: which jobs run is the question the
 """
 
 import ast
+import json
 import os
 import shlex
 import shutil
@@ -33,7 +34,7 @@ pytestmark = [pytest.mark.xdist_group("workflow"), pytest.mark.timeout(1200)]
 
 SCORING = "m2d/choose/scoring.py"
 NOTHING = "Nothing to be done"
-TABLES = ["draw_figures pipeline=all_wide", "make_tables pipeline=all_wide"]
+TABLES = [f"{rule} pipeline=all_wide" for rule in ("draw_figures", "make_tables", "write_cards")]
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,19 @@ def test_complete_run(finished: Path) -> None:
     assert (results / "logs/rank_experts/tiny/gld_reap.log").is_file()
     assert (results / "benchmarks/measure_grid/tiny/gld_reap.tsv").is_file()
     assert not list(results.rglob("*.partial"))
+
+
+def test_every_student_has_a_card_with_its_scores(finished: Path) -> None:
+    students = finished / "results/tiny/students/do-acp"
+    for variant, words in (("merged", "not trained further"), ("short", "then distilled")):
+        card = (students / variant / "README.md").read_text(encoding="utf-8")
+        copy = finished / f"results/cards/all_tiny/tiny.do-acp.{variant}.md"
+        assert copy.read_text(encoding="utf-8") == card
+        result = json.loads((students / f"{variant}.perplexity.json").read_text(encoding="utf-8"))
+        assert f"| perplexity (248 tokens of test text) | {result['perplexity']:.4g} |" in card
+        assert "| demo_continuation, 0-shot, acc_norm |" in card
+        assert "text.txt: 8 sequences of 32 tokens" in card
+        assert words in card
 
 
 def test_grid_and_students_agree(finished: Path) -> None:

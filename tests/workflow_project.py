@@ -110,6 +110,7 @@ case $1 in
     distill | refit) mkdir "$4"; echo "{{}}" > "$4/m2d.json" ;;
     perplexity) echo "{{}}" > "$6" ;;
     tables | figures) mkdir "$2" ;;
+    card) mkdir "$3" ;;
     *) echo "{{}}" > "$3" ;;
 esac
 """

@@ -1,7 +1,8 @@
-"""The model card of a finished student, with the scores that were measured after it was written."""
+"""The model cards of finished students, with the scores measured since they were written."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from m2d.artifacts import read_json, write_text
 from m2d.errors import UserError
 from m2d.model_card import model_card
 from m2d.progress import say
-from m2d.results import SCORES
+from m2d.results import SCORES, Place, place_of
 
 
 def scores_of(
@@ -50,26 +51,75 @@ def calibration_of(file: str | Path) -> dict[str, Any]:
     return {"source": metadata.get("source"), "sequences": sequences, "length": length}
 
 
+def place_of_folder(student: Path) -> Place | None:
+    """What a student's folder is about, where it stands in a run's results."""
+    try:
+        return place_of(student / "m2d.json")
+    except UserError:
+        return None
+
+
+def belonging(files: Iterable[Path], place: Place | None) -> list[Path]:
+    """The result files of the student at `place`."""
+    places = [(file, place_of(file)) for file in files]
+    return [file for file, found in places if replace(found, task="", scoring="") == place]
+
+
+def card_of(
+    student: Path,
+    perplexity_files: Sequence[Path],
+    evaluation_files: Iterable[Path],
+    calibration_files: Iterable[Path],
+) -> str:
+    """The card of a student's folder with the scores and the calibration in these files."""
+    record = read_json(student / "m2d.json")
+    if not isinstance(record, dict):
+        raise UserError(f"{student / 'm2d.json'}: not a student's m2d.json")
+    uncalibrated = str((record.get("baseline") or {}).get("kind")).startswith("random_")
+    for file in () if uncalibrated else calibration_files:
+        record = {**record, "calibration": calibration_of(file)}
+    if len(perplexity_files) > 1:
+        raise UserError(f"{student}: more than one perplexity file; give its own alone")
+    return model_card(record, scores_of(next(iter(perplexity_files), None), evaluation_files))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("student", type=Path, help="the student's folder; its README.md is renewed")
-    parser.add_argument("--perplexity", type=Path, help="from m2d perplexity --out")
     parser.add_argument(
-        "--evaluation", nargs="*", default=[], metavar="FILE", help="from m2d evaluate"
+        "students",
+        nargs="+",
+        type=Path,
+        metavar="STUDENT",
+        help="a student's folder, whose README.md is renewed; of several, each gets the files that "
+        "stand beside it in the workflow's results",
     )
+    for name, source in (("perplexity", "m2d perplexity --out"), ("evaluation", "m2d evaluate")):
+        parser.add_argument(
+            f"--{name}", nargs="*", default=[], type=Path, metavar="FILE", help=f"from {source}"
+        )
     parser.add_argument(
-        "--calibration", type=Path, help="the token file of the teacher's statistics"
+        "--calibration",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="the token file of the teacher's statistics",
     )
-    parser.add_argument("--out", type=Path, help="also write the card to this file")
+    parser.add_argument("--out", type=Path, help="also write the cards into this folder")
 
 
 def main(args: argparse.Namespace) -> None:
-    record = read_json(args.student / "m2d.json")
-    if not isinstance(record, dict):
-        raise UserError(f"{args.student / 'm2d.json'}: not a student's m2d.json")
-    if args.calibration is not None:
-        record = {**record, "calibration": calibration_of(args.calibration)}
-    card = model_card(record, scores_of(args.perplexity, args.evaluation))
-    write_text(args.student / "README.md", card)
-    if args.out is not None:
-        write_text(args.out, card)
-    say(f"{args.student / 'README.md'}: model card with scores")
+    cards = {}
+    for student in args.students:
+        place = place_of_folder(student)
+        files = (args.perplexity, args.evaluation, args.calibration)
+        if len(args.students) > 1:
+            # A teacher's tokens lie in its folder, and its students below.
+            own = [file for file in args.calibration if student.is_relative_to(file.parents[1])]
+            files = (belonging(args.perplexity, place), belonging(args.evaluation, place), own)
+        name = f"{place.teacher}.{place.student}.{place.variant}" if place else student.name
+        cards[student] = (name, card_of(student, *files))
+    for student, (name, card) in cards.items():
+        write_text(student / "README.md", card)
+        if args.out is not None:
+            write_text(args.out / f"{name}.md", card)
+    say(f"{len(cards)} model cards with scores")

@@ -62,6 +62,26 @@ def evaluations_of(pipeline):
     ]
 
 
+def calibrations_of(pipeline):
+    """The calibration tokens of the teachers whose students were chosen by them."""
+    chosen = [
+        teacher
+        for teacher, student, _ in runs_of(pipeline)
+        if student_kind(config["students"].get(student, {}))
+        not in ("random_ffn", "random_init")
+    ]
+    return expand(
+        "<results>/{teacher}/tokens/calibration.safetensors",
+        teacher=list(dict.fromkeys(chosen)),
+    )
+
+
+def results_of(pipeline):
+    """What a pipeline leaves: tables, figures, and the cards of its students."""
+    kinds = ["tables", "figures", *(["cards"] if models_of(pipeline) else [])]
+    return [f"<results>/{kind}/{pipeline}" for kind in kinds]
+
+
 def metrics_of(pipeline):
     """The training curves, which are in the folders of distilled students."""
     runs = runs_of(pipeline)

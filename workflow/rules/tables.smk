@@ -1,6 +1,7 @@
-# Tables and figures of everything that a pipeline measured.
+# Tables, figures and model cards of everything that a pipeline measured.
 # in:  grids, perplexities, scores and students of the pipeline; the teachers' statistics
-# out: <results>/tables/{pipeline}/*.{csv,md,parquet,html}, <results>/figures/{pipeline}/*.{svg,png}
+# out: <results>/tables/{pipeline}/*.{csv,md,parquet,html}, <results>/figures/{pipeline}/*.{svg,png},
+#      <results>/cards/{pipeline}/{teacher}.{student}.{variant}.md
 
 
 rule make_tables:
@@ -84,4 +85,37 @@ rule draw_figures:
             --evaluation {input.evaluations} --provenance {params.provenance} \
             --statistics {input.statistics} --gram {input.gram} \
             --metrics {params.metrics} 2>{log}
+        """
+
+
+rule write_cards:
+    """Write the pipeline's scores into its students' model cards.
+
+    Each student's README.md is renewed in its folder, and copied to the output. That makes nothing
+    run again: the age of a folder is that of the job that made it.
+    """
+    input:
+        models=lambda wildcards: models_of(wildcards.pipeline),
+        perplexities=lambda wildcards: perplexities_of(wildcards.pipeline),
+        evaluations=lambda wildcards: evaluations_of(wildcards.pipeline),
+        calibrations=lambda wildcards: calibrations_of(wildcards.pipeline),
+        rankings=lambda wildcards: rankings_of(wildcards.pipeline),
+    output:
+        directory("<results>/cards/{pipeline}"),
+    log:
+        "<logs>/write_cards/{pipeline}.log",
+    benchmark:
+        "<benchmarks>/write_cards/{pipeline}.tsv"
+    conda:
+        "../envs/m2d.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=lambda wildcards, attempt: 10 * attempt,
+    params:
+        code=code("m2d.stages.card"),
+    shell:
+        """
+        m2d card --out {output} {input.models} --perplexity {input.perplexities} \
+            --evaluation {input.evaluations} --calibration {input.calibrations} 2>{log}
         """

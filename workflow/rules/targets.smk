@@ -7,15 +7,13 @@ for pipeline in config["pipelines"]:
         name:
             pipeline
         input:
-            f"<results>/tables/{pipeline}",
-            f"<results>/figures/{pipeline}",
+            results_of(pipeline),
 
 
 rule tables:
-    """The tables and figures of every pipeline."""
+    """The tables, figures and model cards of every pipeline."""
     input:
-        expand("<results>/tables/{pipeline}", pipeline=config["pipelines"]),
-        expand("<results>/figures/{pipeline}", pipeline=config["pipelines"]),
+        [results_of(pipeline) for pipeline in config["pipelines"]],
 
 
 rule all_evals:
