@@ -13,10 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import family_teachers
 import pytest
 import torch
 from conftest import make_teacher
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from family_reference import slow_emo
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from m2d import cli
 from m2d.errors import UserError
@@ -414,6 +417,49 @@ def test_without_network_and_data_one_line_says_what_is_missing(
     assert f"--dataset {name[task]}=FOLDER/{name[task]}" in lines[0]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out.json").exists()
+
+
+class SlowEmo(Reference):
+    """An EMO teacher's log-likelihoods, written out token by token."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def log_probs(self, ids: list[int]) -> torch.Tensor:
+        logits = slow_emo(self.folder, torch.tensor(ids))[0][:-1].double().log_softmax(-1)
+        return logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("name", ["emo", "emo_always_active"])
+def test_an_emo_teacher(tmp_path: Path, name: str) -> None:
+    """Its classes are not transformers' own; in new processes, where nothing has named them yet."""
+    teacher = family_teachers.make(name, tmp_path / "emo")
+    rows = make_dataset(tmp_path / "winogrande", winogrande, {"train": 1, "validation": 12})
+    tokens = torch.randint(1, 300, (3, 16), generator=torch.Generator().manual_seed(1))
+    save_file({"input_ids": tokens}, tmp_path / "tokens.safetensors")
+
+    def run(*arguments: object) -> None:
+        command = [sys.executable, "-m", "m2d.cli", *map(str, arguments)]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+
+    options = ["--dtype", "float32", "--device", "cpu"]
+    task = ["--task", "winogrande", "--shots", "0", "--datasets", tmp_path, "--batch-size", "5"]
+    run("evaluate", teacher, tmp_path / "scores.json", *task, *options)
+    measure = ["--calibration", tmp_path / "tokens.safetensors", "--out", tmp_path / "p.json"]
+    run("perplexity", teacher, *measure, *options)
+
+    slow, right = SlowEmo(teacher), 0
+    for doc in rows["validation"]:
+        before, after = doc["sentence"].split("_")
+        contexts = [before + doc["option1"], before + doc["option2"]]
+        right += slow.best(contexts, [" " + after.strip()] * 2, [1, 1]) == int(doc["answer"]) - 1
+    result = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert result["results"]["winogrande"]["acc,none"] == pytest.approx(right / 12)
+
+    result = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
+    total = sum(slow.log_probs(window).sum().item() for window in tokens.tolist())
+    assert result["nll"] == pytest.approx(-total / (15 * 3), rel=1e-5)
 
 
 def test_too_many_examples_are_refused(tmp_path: Path, model: Path) -> None:

@@ -69,8 +69,11 @@ def evaluate(
     from lm_eval.api.registry import get_model
     from lm_eval.utils import handle_non_serializable
 
+    from m2d.models.teacher import locate, read_config
+
     _quieten()
     if backend == "hf":  # vllm picks its own, and dislikes a process that has touched CUDA
+        read_config(locate(model, config_only=True))  # transformers is told of EMO's classes
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     manager = _task_manager(tasks, include)
     with local_datasets(datasets, include, dataset_folders or {}):
