@@ -248,7 +248,8 @@ def neurons_name(wildcards):
     student = student_of(wildcards)
     if student["neurons"] == "contribution":
         return "contribution"
-    return "greedy" + size_options(student).replace(" --", "-").replace(" ", "-")
+    size = size_options(student).replace(" --", "-").replace(" ", "-")
+    return f"greedy{size}"
 
 
 def neurons_options(wildcards):

@@ -1,0 +1,62 @@
+"""workflow/scripts/launch.sh: what it starts, with echoes in place of the programs it calls."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from workflow_project import REPOSITORY
+
+LAUNCH = REPOSITORY / "workflow" / "scripts" / "launch.sh"
+SIGNALS = "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout 280"
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """m2d, torchrun and srun that print what they are called with; scontrol names two nodes."""
+    for name in ("m2d", "torchrun", "srun"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n', encoding="utf-8")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node7\necho node8\n", encoding="utf-8")
+    for file in tmp_path.iterdir():
+        file.chmod(0o755)
+    return tmp_path
+
+
+def launched(programs: Path, *arguments: str, **variables: str) -> str:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    done = subprocess.run(
+        [LAUNCH, *arguments, "distill", "student", "--tokens", "a b"],
+        env={**kept, **variables, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_one_process(programs: Path, processes: str) -> None:
+    assert launched(programs, "1", processes, "60") == "m2d distill student --tokens a b"
+
+
+def test_one_node(programs: Path) -> None:
+    assert launched(programs, "1", "4", "60") == (
+        f"torchrun {SIGNALS} --standalone --nproc-per-node 4 -m m2d.cli "
+        "distill student --tokens a b"
+    )
+
+
+def test_several_nodes_meet_on_the_first(programs: Path) -> None:
+    slurm = {"SLURM_JOB_ID": "40003", "SLURM_JOB_NODELIST": "node[7-8]"}
+    assert launched(programs, "2", "8", "1440", **slurm) == (
+        "srun --overlap --nodes 2 --ntasks 2 --ntasks-per-node 1 --kill-on-bad-exit "
+        f"torchrun {SIGNALS} --nnodes 2 --nproc-per-node 8 --rdzv-id 40003 --rdzv-backend c10d "
+        "--rdzv-endpoint node7:20003 -m m2d.cli distill student --tokens a b --stop-after 1430"
+    )
+
+
+def test_a_queue_stops_before_its_time_is_up(programs: Path) -> None:
+    out = launched(programs, "1", "1", "60", SLURM_JOB_ID="1")
+    assert out == "m2d distill student --tokens a b --stop-after 50"
+    # Too short to stop early: it would end before it has begun.
+    assert "stop" not in launched(programs, "1", "1", "20", SLURM_JOB_ID="1")
