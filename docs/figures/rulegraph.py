@@ -17,7 +17,7 @@ STAGES = {
     "#d9efd5": ("merge_student", "merge_neurons", "prune_student", "initialise_student",
                 "refit_student", "distill_student"),
     "#ecdff0": ("measure_teacher", "measure_student", "evaluate_teacher", "evaluate_student"),
-    "#e6e6e6": ("make_tables", "draw_figures"),
+    "#e6e6e6": ("make_tables", "draw_figures", "write_cards"),
 }  # fmt: skip
 
 
