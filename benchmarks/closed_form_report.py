@@ -80,27 +80,41 @@ def before_table(seeds: list[dict[str, Any]], reference: str) -> list[str]:
     return lines
 
 
-def curve_table(seeds: list[dict[str, Any]], reference: str) -> list[str]:
-    """Perplexity against distillation tokens, and the tokens that the reference's last takes."""
-    curves = {name: values(seeds, name, "curve") for name in seeds[0]}
-    curves = {name: found for name, found in curves.items() if found}
-    tokens = [int(point["tokens"]) for point in curves[reference][0]]  # type: ignore[index]
-    heads = [f"{count:,}" for count in tokens]
+def curves_of(seeds: list[dict[str, Any]]) -> dict[str, list[Curve]]:
+    """The curves of every distilled student, one a seed."""
+    return {name: values(seeds, name, "curve") for name, row in seeds[0].items() if "curve" in row}  # type: ignore
+
+
+def curve_table(seeds: list[dict[str, Any]]) -> list[str]:
+    """Perplexity against distillation tokens."""
+    curves = curves_of(seeds)
+    tokens = [int(point["tokens"]) for point in next(iter(curves.values()))[0]]
     lines = [
-        f"| student | learning rate | {' | '.join(heads)} | share of tokens to equal |",
-        "|---|" + "---:|" * (len(tokens) + 2),
+        f"| student | learning rate | {' | '.join(f'{count:,}' for count in tokens)} |",
+        "|---|" + "---:|" * (len(tokens) + 1),
     ]
     for name, found in curves.items():
-        cells = [
-            spread([curve[i]["perplexity"] for curve in found])  # type: ignore[index]
-            for i in range(len(tokens))
-        ]
-        shares = [
-            tokens_to(curve, goal[-1]["perplexity"]) / goal[-1]["tokens"]  # type: ignore
-            for curve, goal in zip(found, curves[reference], strict=True)
-        ]
-        share = "not reached" if math.inf in shares else spread(shares, 2)
-        lines.append(f"| {name} | {seeds[0][name]['rate']} | {' | '.join(cells)} | {share} |")
+        cells = [spread([curve[i]["perplexity"] for curve in found]) for i in range(len(tokens))]
+        lines.append(f"| {name} | {seeds[0][name]['rate']} | {' | '.join(cells)} |")
+    return lines
+
+
+def share_table(seeds: list[dict[str, Any]], reference: str) -> list[str]:
+    """The tokens that equal the reference after each budget, as a share of the budget."""
+    curves = curves_of(seeds)
+    goals = curves.pop(reference)
+    budgets = range(1, len(goals[0]))
+    heads = " | ".join(f"{int(goals[0][i]['tokens']):,}" for i in budgets)
+    lines = [f"| student | {heads} |", "|---|" + "---:|" * len(budgets)]
+    for name, found in curves.items():
+        cells = []
+        for i in budgets:
+            shares = [
+                tokens_to(curve, goal[i]["perplexity"]) / goal[i]["tokens"]
+                for curve, goal in zip(found, goals, strict=True)
+            ]
+            cells.append("not reached" if math.inf in shares else spread(shares, 2))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -176,9 +190,11 @@ def text_of(found: dict[str, Any], image: str) -> str:
         "steps. Seconds are CPU seconds, of all threads together.\n",
         "Before distillation:\n",
         "\n".join(before_table(seeds, reference)) + "\n",
-        "Perplexity after so many distillation tokens; the last column is the share of the tokens "
-        f"that a student needs to equal the last perplexity of *{reference}*:\n",
-        "\n".join(curve_table(seeds, reference)) + "\n",
+        "Perplexity after so many distillation tokens:\n",
+        "\n".join(curve_table(seeds)) + "\n",
+        f"Tokens after which a student equals *{reference}* after so many, as a share of these (0: "
+        "before any):\n",
+        "\n".join(share_table(seeds, reference)) + "\n",
         f"![Perplexity against distillation tokens]({image})\n",
         f"Time spent on refit, and what *{reference}* needs to come as far by distillation:\n",
         "\n".join(saving_table(seeds, reference)) + "\n",
