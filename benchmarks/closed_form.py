@@ -119,7 +119,9 @@ def allotted(layers: list[NeuronStatistics], total: int) -> Plan:
 
 
 def perplexity(model: torch.nn.Module, tokens: Tensor) -> float:
-    return math.exp(loaded_nll(model, tokens, BATCH, CPU) / (len(tokens) * (LENGTH - 1)))
+    return math.exp(
+        float(loaded_nll(model, tokens, BATCH, CPU).sum()) / (len(tokens) * (LENGTH - 1))
+    )
 
 
 class TeacherStates:

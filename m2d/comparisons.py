@@ -40,7 +40,8 @@ def model_rows(long: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
     long = long.assign(student=long["student"].fillna(""))
     table = long.groupby(MODEL)[PLAN].first()
     perplexity = long[long["measure"] == "perplexity"].set_index(MODEL)
-    table = table.join(perplexity["value"].rename("perplexity"))
+    both = perplexity[["value", "stderr"]].set_axis(["perplexity", "perplexity ±"], axis=1)
+    table = table.join(both.astype(float))
     for task, part in long[long["measure"] == "word_perplexity"].groupby("task"):
         table = table.join(part.set_index(MODEL)["value"].rename(f"{task} word perplexity"))
     scores = main_scores(long).set_index(MODEL)
@@ -67,7 +68,8 @@ def model_rows(long: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
     first = table["variant"].map({"teacher": 0, "merged": 1, "refit": 2}).fillna(3)
     order = ["source", "teacher", "student", "first", "variant"]
     table = table.assign(first=first).sort_values(order, na_position="first", ignore_index=True)
-    extra = [column for column in table if str(column).endswith("perplexity")]
+    extra = ["perplexity", "perplexity ±"]
+    extra += [str(column) for column in table if str(column).endswith("word perplexity")]
     scored = [name for task in shown for name in (task, f"{task} ±", f"{task} published")]
     return table[[*MODEL, *extra, *scored, *TIMES, *PLAN, "repeated"]]
 

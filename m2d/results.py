@@ -117,7 +117,8 @@ def read_grid(files: Iterable[str | Path]) -> pd.DataFrame:
             frame = pd.read_parquet(file)
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: not readable as Parquet ({error})") from None
-        missing = {"scoring", "grouping", "scaling", "keep", "plan", "perplexity"} - set(frame)
+        missing = {"scoring", "grouping", "scaling", "keep", "plan", "perplexity", "stderr"}
+        missing -= set(frame)
         if missing:
             raise UserError(f"{file}: lacks the columns {', '.join(sorted(missing))}")
         frames.append(frame.assign(teacher=place_of(file).teacher))
@@ -136,7 +137,13 @@ def read_grid(files: Iterable[str | Path]) -> pd.DataFrame:
     grid["same_as"] = first.where(first != label, "")
     best = grid.groupby("teacher")["perplexity"].transform("min")
     grid["relative"] = grid["perplexity"] / best
-    leading = [*keys, "perplexity", "relative", "same_as"]
+    leading = [
+        *keys,
+        "perplexity",
+        *(["stderr"] if "stderr" in grid else []),
+        "relative",
+        "same_as",
+    ]
     return grid[leading + [column for column in grid if column not in leading]]
 
 
@@ -195,7 +202,7 @@ def read_perplexities(
         if not isinstance(content, dict) or "perplexity" not in content:
             raise UserError(f"{file}: holds no perplexity; make it with m2d perplexity --out")
         row = {"task": "test text", "measure": "perplexity", "value": content["perplexity"]}
-        row["samples"] = content.get("n_tokens")
+        row |= {"samples": content.get("n_tokens"), "stderr": content.get("stderr")}
         rows.append({**about(place_of(file), provenance), **row})
     return rows
 

@@ -47,6 +47,7 @@ def write_grid(folder: Path) -> list[Path]:
                     "groups": 4,
                     "plan": plan,
                     "perplexity": perplexity,
+                    "stderr": 0.02 * perplexity,
                     "nll": float(np.log(perplexity)),
                     "n_tokens": 10_000,
                     "seconds": 0.1,
@@ -89,6 +90,7 @@ def write_students(folder: Path) -> dict[str, list[Path]]:
     def variant(base: Path, name: str, perplexity: float, accuracy: float) -> None:
         file = base / ("perplexity.json" if name == "teacher" else f"{name}.perplexity.json")
         content = {"model": name, "perplexity": perplexity, "nll": 1.0, "n_tokens": 9000}
+        content["stderr"] = 0.25
         files["perplexity"].append(write_json(file, content))
         for shift, (task, measure) in enumerate(TASKS.items()):
             content = evaluation(task, measure, accuracy + 0.05 * shift)

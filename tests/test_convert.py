@@ -198,6 +198,10 @@ def test_perplexity_by_hand(tiny_teacher: Path, stages: Path, capsys) -> None:
         logits = load(tiny_teacher)(ids).logits.double()
     chosen = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
     expected = torch.exp(-chosen.mean()).item()
+    windows = -chosen[:, :, 0].mean(1)
+    error = expected * (windows.var() / len(windows)).sqrt().item()
     call = ["perplexity", str(tiny_teacher), "--calibration", str(stages / "tokens.safetensors")]
     assert main([*call, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(expected, rel=1e-6)
+    result = json.loads(capsys.readouterr().out)
+    assert result["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert result["stderr"] == pytest.approx(error, rel=1e-5)

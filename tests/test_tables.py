@@ -67,6 +67,9 @@ def test_the_grid_has_every_row_and_says_which_are_the_same(tables: dict) -> Non
     repeated = grid[grid["same_as"] != ""].iloc[0]
     assert repeated["same_as"] == "selection_freq/round_robin/uniform/4"
     assert grid["relative"].min() == 1.0
+    assert grid["stderr"].tolist() == pytest.approx((0.02 * grid["perplexity"]).tolist())
+    cells = tables["results"][tables["results"]["variant"] == "grid"]
+    assert cells["stderr"].notna().all()
 
 
 def test_best_of_each_choice(tables: dict) -> None:
@@ -100,7 +103,7 @@ def test_students_with_scores_and_standard_errors(tables: dict) -> None:
     students = tables["students"].set_index(["student", "variant"])
     assert len(students) == 1 + 3 * 3 + 3
     row = students.loc[("gld_reap-k4", "expanded")]
-    assert row["perplexity"] == 15.0
+    assert (row["perplexity"], row["perplexity ±"]) == (15.0, 0.25)
     assert row["parameters"] == 2_000_000
     assert row["tokens"] == 500_000
     # The teacher's size is known from its evaluation.

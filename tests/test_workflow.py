@@ -134,7 +134,7 @@ def test_every_student_has_a_card_with_its_scores(finished: Path) -> None:
         copy = finished / f"results/cards/all_tiny/tiny.do-acp.{variant}.md"
         assert copy.read_text(encoding="utf-8") == card
         result = json.loads((students / f"{variant}.perplexity.json").read_text(encoding="utf-8"))
-        assert f"| perplexity (248 tokens of test text) | {result['perplexity']:.4g} |" in card
+        assert f"| perplexity (248 tokens of test text) | {result['perplexity']:.4g} ± " in card
         assert "| demo_continuation, 0-shot, acc_norm |" in card
         assert "text.txt: 8 sequences of 32 tokens" in card
         assert words in card
@@ -244,7 +244,7 @@ def test_broken_scoring_method_costs_its_ranking_only(
 
 
 def test_stage_edit_reruns_that_stage_and_what_follows(project: Path, run: Callable) -> None:
-    edit_function(project / "m2d/stages/merge.py", "plan_width", same_ranking)
+    edit_function(project / "m2d/models/student.py", "student_width", same_ranking)
     jobs = run("--dry-run")
     assert {"merge_student student=sf", "measure_grid scoring=reap", *TABLES} <= set(jobs)
     assert not [job for job in jobs if job.split()[0].startswith(("compute", "rank", "make_tok"))]

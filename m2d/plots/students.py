@@ -94,7 +94,7 @@ def perplexities(students: pd.DataFrame) -> Figure:
 def accuracies(students: pd.DataFrame) -> Figure:
     """Every student's accuracy in each task, with standard errors, chance and the teacher's."""
     errors = [str(c) for c in students.dropna(axis="columns", how="all") if str(c).endswith(" ±")]
-    tasks = [column.removesuffix(" ±") for column in errors]
+    tasks = [c.removesuffix(" ±") for c in errors if c != "perplexity ±"]
     dense = students[students["student"].notna()]
     dense = dense.dropna(subset=tasks, how="all") if tasks else dense.iloc[:0]
     if dense.empty:

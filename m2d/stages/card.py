@@ -25,7 +25,7 @@ def scores_of(
         if not isinstance(result, dict) or "perplexity" not in result:
             raise UserError(f"{perplexity_file}: holds no perplexity; use m2d perplexity --out")
         words = f"perplexity ({result.get('n_tokens', 0):,} tokens of test text)"
-        scores[words] = result["perplexity"]
+        scores[words] = {"value": result["perplexity"], "stderr": result.get("stderr")}
     for file in evaluation_files:
         task, content = Path(file).stem, read_json(file)
         found = content.get("results", {}).get(task, {}) if isinstance(content, dict) else {}

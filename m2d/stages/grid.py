@@ -158,8 +158,8 @@ def measure_plans(
     results = {}
     for digest, plan in progress(list(distinct.items()), "grid, students"):
         start = time.monotonic()
-        total = loaded_nll(student.become(plan), tokens, batch, device)
-        result = make_result(digest, total, tokens)
+        sums = loaded_nll(student.become(plan), tokens, batch, device)
+        result = make_result(digest, sums, tokens)
         results[digest] = (result, time.monotonic() - start)
     return [
         {
@@ -171,6 +171,7 @@ def measure_plans(
             "groups": len(plan.layers[0].groups),
             "plan": digest,
             "perplexity": results[digest][0].perplexity,
+            "stderr": results[digest][0].stderr,
             "nll": results[digest][0].nll,
             "n_tokens": results[digest][0].n_tokens,
             "seconds": results[digest][1],

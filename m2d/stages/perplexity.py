@@ -50,43 +50,55 @@ class Perplexity:
     n_tokens: int  # predicted tokens
     length: int
     sequences: int
+    stderr: float | None  # of the perplexity; None with one window
     protocol: str = PROTOCOL
 
 
-def nll_sum(logits: Tensor, input_ids: Tensor) -> float:
-    """Sum of negative log-likelihoods (nats) of tokens 1.. given logits [B, T, V] of ids [B, T]."""
+def nll_sums(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Summed negative log-likelihood (nats) of tokens 1.. of each sequence [B], float64.
+
+    logits [B, T, V] of ids [B, T].
+    """
     predicted, targets = logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
     rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-    total = 0.0
-    for part, target in zip(predicted.split(rows), targets.split(rows), strict=True):
-        losses = functional.cross_entropy(part.float(), target.to(part.device), reduction="none")
-        total += float(losses.double().sum())
-    return total
+    losses = [
+        functional.cross_entropy(part.float(), target.to(part.device), reduction="none")
+        for part, target in zip(predicted.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(losses).double().cpu().view(len(input_ids), -1).sum(1)
 
 
 @torch.no_grad()
-def loaded_nll(model: nn.Module, tokens: Tensor, batch: int, device: torch.device) -> float:
-    """Summed negative log-likelihood of tokens [S, T] under a model in memory."""
-    return sum(
-        nll_sum(model(ids.to(device), use_cache=False).logits, ids) for ids in tokens.split(batch)
+def loaded_nll(model: nn.Module, tokens: Tensor, batch: int, device: torch.device) -> Tensor:
+    """Summed negative log-likelihood [S] of tokens [S, T] under a model in memory."""
+    return torch.cat(
+        [
+            nll_sums(model(ids.to(device), use_cache=False).logits, ids)
+            for ids in tokens.split(batch)
+        ]
     )
 
 
-def streamed_nll(stream: StreamedTeacher, tokens: Tensor, batch: int) -> float:
+def streamed_nll(stream: StreamedTeacher, tokens: Tensor, batch: int) -> Tensor:
     """The same under a teacher that passes through memory layer by layer."""
     hidden = stream.run(tokens, batch, title="perplexity, layers")
-    return sum(
-        nll_sum(stream.logits(ids, last, slice(None)), ids)
-        for ids, last in zip(tokens.split(batch), hidden, strict=True)
+    return torch.cat(
+        [
+            nll_sums(stream.logits(ids, last, slice(None)), ids)
+            for ids, last in zip(tokens.split(batch), hidden, strict=True)
+        ]
     )
 
 
-def make_result(model: str, total: float, tokens: Tensor) -> Perplexity:
-    """Perplexity from a summed negative log-likelihood over tokens [S, T]."""
+def make_result(model: str, sums: Tensor, tokens: Tensor) -> Perplexity:
+    """Perplexity from the summed negative log-likelihoods [S] of tokens [S, T]."""
     sequences, length = tokens.shape
+    nll = float(sums.sum()) / (sequences * (length - 1))
+    error = None
+    if sequences > 1:
+        error = math.exp(nll) * float((sums / (length - 1)).std()) / math.sqrt(sequences)
     predicted = sequences * (length - 1)
-    nll = total / predicted
-    return Perplexity(model, math.exp(nll), nll, predicted, length, sequences)
+    return Perplexity(model, math.exp(nll), nll, predicted, length, sequences, error)
 
 
 def load_dense(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -111,12 +123,12 @@ def measure(
     chosen = pick_dtype(dtype, dtype_of(config, folder))
     if has_experts(model):
         stream = StreamedTeacher(open_teacher(model), chosen, device)
-        total = streamed_nll(stream, tokens, batch)
+        sums = streamed_nll(stream, tokens, batch)
     else:
         network = load_dense(folder, chosen, device)
         parts = progress(tokens.split(batch), "perplexity, batches")
-        total = sum(loaded_nll(network, part, batch, device) for part in parts)
-    return make_result(Path(model).name, total, tokens)
+        sums = torch.cat([loaded_nll(network, part, batch, device) for part in parts])
+    return make_result(Path(model).name, sums, tokens)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,8 +156,9 @@ def main(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(asdict(result)))
     else:
+        error = "" if result.stderr is None else f" ± {result.stderr:.2g}"
         print(
-            f"perplexity {result.perplexity:.4f} over {result.n_tokens} tokens "
+            f"perplexity {result.perplexity:.4f}{error} over {result.n_tokens} tokens "
             f"({result.sequences} windows of {result.length}; {PROTOCOL})"
         )
 

@@ -40,8 +40,9 @@ TABLES = {
     ),
     "grid": (
         "The grid",
-        "Perplexity of every configuration before distillation. same_as: an earlier row with the "
-        "same student, which was measured once. relative: perplexity over the teacher's best row.",
+        "Perplexity of every configuration before distillation, with its standard error. same_as: "
+        "an earlier row with the same student, which was measured once. relative: perplexity over "
+        "the teacher's best row.",
     ),
     "grid_best": (
         "Best of each choice",
@@ -156,7 +157,7 @@ def make_tables(
     grid = read_grid(grid_files)
     rows = read_perplexities(perplexity_files, provenance)
     rows += read_evaluations(evaluation_files, provenance)
-    shared = ["teacher", "scoring", "grouping", "scaling", "keep", "groups", "n_tokens"]
+    shared = ["teacher", "scoring", "grouping", "scaling", "keep", "groups", "n_tokens", "stderr"]
     names = {"n_tokens": "samples"}
     cells = grid[[c for c in shared if c in grid]].rename(columns=names).to_dict("records")
     for cell, perplexity in zip(cells, grid.get("perplexity", ()), strict=True):
