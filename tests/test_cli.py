@@ -178,7 +178,7 @@ def test_a_kill_leaves_no_student(tiny_teacher, tiny_text, tmp_path) -> None:
         "make, count = student.StudentTensors.make, [0]\n"
         "def killing(self, name, plan):\n"
         "    count[0] += 1\n"
-        "    if count[0] == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if count[0] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return make(self, name, plan)\n"
         "student.StudentTensors.make = killing\n"
         "from m2d.cli import main\n"
