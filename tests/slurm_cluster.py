@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, in a folder of its own: two partitions and fake GPUs.
+"""A real Slurm on this machine, in a folder of its own: two nodes, two partitions, fake GPUs.
 
 Not a test: `tests/test_slurm.py` runs on it. Needs munged, slurmctld, slurmd and root.
 """
@@ -22,14 +22,13 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={ctld_port}
-SlurmdPort={d_port}
 AuthInfo=socket={folder}/munge.sock
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd.%n.log
 StateSaveLocation={folder}/ctld
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool.%n
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -42,10 +41,12 @@ JobCompLoc={folder}/jobcomp.txt
 MinJobAge=3600
 KillWait=2
 ReturnToService=2
-{node} NodeAddr=127.0.0.1 Gres=gpu:fake:2 State=UNKNOWN
-PartitionName=cpu Nodes={host} Default=YES MaxTime=60 State=UP OverSubscribe=FORCE:4
-PartitionName=gpu Nodes={host} MaxTime=60 State=UP OverSubscribe=FORCE:4
+{nodes}
+PartitionName=cpu Nodes={names} Default=YES MaxTime=60 State=UP OverSubscribe=FORCE:4
+PartitionName=gpu Nodes={names} MaxTime=60 State=UP OverSubscribe=FORCE:4
 """
+# A fake GPU must be a character device.
+FAKE_GPUS = ("/dev/null", "/dev/zero")
 
 
 @dataclass
@@ -97,7 +98,8 @@ def slurm_cluster() -> Iterator[Cluster]:
         start("munged", "--foreground", "--force", "--socket", f"{folder}/munge.sock", *files)
         wait_for(lambda: (folder / "munge.sock").exists(), folder)
         start("slurmctld", "-D", "-f", str(folder / "slurm.conf"))
-        start("slurmd", "-D", "-f", str(folder / "slurm.conf"))
+        for name in node_names():
+            start("slurmd", "-D", "-f", str(folder / "slurm.conf"), "-N", name)
         cluster = Cluster(folder, environment)
         wait_for(lambda: states(cluster) == {"idle"}, folder)
         yield cluster
@@ -114,17 +116,22 @@ def slurm_cluster() -> Iterator[Cluster]:
 
 def write_files(folder: Path) -> dict[str, str]:
     """Slurm's configuration, and the environment that leads to it."""
-    for name in ("bin", "ctld", "spool"):
+    names = node_names()
+    for name in ("bin", "ctld", *(f"spool.{node}" for node in names)):
         (folder / name).mkdir()
-    host = socket.gethostname().split(".")[0]
-    node = subprocess.run(["slurmd", "-C"], capture_output=True, text=True, check=True).stdout
+    about = subprocess.run(["slurmd", "-C"], capture_output=True, text=True, check=True).stdout
+    cores = " ".join(part for part in about.splitlines()[0].split() if not part.startswith("NodeN"))
+    nodes = [
+        f"NodeName={name} NodeHostname={names[0]} NodeAddr=127.0.0.1 Port={free_port()} {cores} "
+        f"Gres=gpu:fake:{len(FAKE_GPUS)} State=UNKNOWN"
+        for name in names
+    ]
     conf = CONF.format(
-        host=host, folder=folder, node=node.splitlines()[0], ctld_port=free_port(),
-        d_port=free_port(),
+        host=names[0], folder=folder, nodes="\n".join(nodes), names=",".join(names),
+        ctld_port=free_port(),
     )  # fmt: skip
     (folder / "slurm.conf").write_text(conf, encoding="utf-8")
-    # A fake GPU must be a character device.
-    gres = [f"NodeName={host} Name=gpu Type=fake File={device}" for device in FAKE_GPUS]
+    gres = [f"NodeName={n} Name=gpu Type=fake File={gpu}" for n in names for gpu in FAKE_GPUS]
     (folder / "gres.conf").write_text("\n".join(gres) + "\n", encoding="utf-8")
     # The jobs' own srun loses SLURM_CONF, and looks in /etc/slurm: lead it back.
     srun = folder / "bin" / "srun"
@@ -140,7 +147,9 @@ def write_files(folder: Path) -> dict[str, str]:
     }
 
 
-FAKE_GPUS = ("/dev/null", "/dev/zero")
+def node_names() -> tuple[str, str]:
+    """Two nodes, both this machine; jobs find one another by these names."""
+    return socket.gethostname().split(".")[0], "localhost"
 
 
 def states(cluster: Cluster) -> set[str]:

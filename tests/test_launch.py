@@ -10,13 +10,20 @@ from workflow_project import REPOSITORY
 LAUNCH = REPOSITORY / "workflow" / "scripts" / "launch.sh"
 SIGNALS = "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout 280"
 
+SCONTROL = """#!/bin/sh
+test "$*" = "show hostnames node[7-8]" && echo node7 && echo node8
+"""
+
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """m2d, torchrun and srun that print what they are called with; scontrol names two nodes."""
+    """m2d, torchrun and srun that say how they were called; squeue and scontrol know two nodes."""
     for name in ("m2d", "torchrun", "srun"):
-        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n', encoding="utf-8")
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node7\necho node8\n", encoding="utf-8")
+        (tmp_path / name).write_text(
+            f'#!/bin/sh\necho {name} "$@" $SLURM_NNODES\n', encoding="utf-8"
+        )
+    (tmp_path / "scontrol").write_text(SCONTROL, encoding="utf-8")
+    (tmp_path / "squeue").write_text('#!/bin/sh\necho "node[7-8]"\n', encoding="utf-8")
     for file in tmp_path.iterdir():
         file.chmod(0o755)
     return tmp_path
@@ -47,9 +54,10 @@ def test_one_node(programs: Path) -> None:
 
 
 def test_several_nodes_meet_on_the_first(programs: Path) -> None:
-    slurm = {"SLURM_JOB_ID": "40003", "SLURM_JOB_NODELIST": "node[7-8]"}
+    slurm = {"SLURM_JOB_ID": "40003", "SLURM_NNODES": "1"}
     assert launched(programs, "2", "8", "1440", **slurm) == (
-        "srun --overlap --nodes 2 --ntasks 2 --ntasks-per-node 1 --kill-on-bad-exit "
+        "srun --jobid 40003 --overlap --nodes 2 --ntasks 2 --ntasks-per-node 1 --gres gpu:8 "
+        "--kill-on-bad-exit "
         f"torchrun {SIGNALS} --nnodes 2 --nproc-per-node 8 --rdzv-id 40003 --rdzv-backend c10d "
         "--rdzv-endpoint node7:20003 -m m2d.cli distill student --tokens a b --stop-after 1430"
     )

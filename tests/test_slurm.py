@@ -150,6 +150,23 @@ def test_second_run_does_nothing(cluster: Cluster, finished: Path) -> None:
     assert "Nothing to be done" in run(cluster, finished, "--dry-run", "all_demo")
 
 
+def test_distillation_on_two_nodes(cluster: Cluster, project: Path) -> None:
+    """One torchrun on each node, through srun; the number of GPUs repeats nothing by itself."""
+    config = slurm_config()
+    config["hardware"] = {"gpus_per_node": 1, "max_nodes": 2}
+    write_config(project, config)
+    assert "Nothing to be done" in run(cluster, project, "--dry-run", "all_demo")
+    distilled = "results/tiny/students/do-acp/short"
+    shutil.rmtree(project / distilled)
+    run(cluster, project, "--", distilled)
+    (job,) = of_project(cluster, project, "distill_student")
+    assert (job["JobState"], job["NumNodes"]) == ("COMPLETED", "2")
+    assert job["TresPerNode"] == "gres:gpu:1"
+    log = (project / "results/logs/distill_student/tiny/do-acp/short.log").read_text()
+    assert "2 processes" in log
+    assert (project / distilled / "model.safetensors").is_file()
+
+
 TROUBLE = """#!/bin/sh
 case $1 in
     distill) echo "out of luck" >&2; exit 1 ;;

@@ -12,13 +12,18 @@ fi
 # torchrun hands these signals on, so that each process saves its checkpoint.
 torchrun="torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout 280"
 if [ "$nodes" -gt 1 ]; then
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    job=$SLURM_JOB_ID
+    first=$(scontrol show hostnames "$(squeue --noheader --format=%N --jobs="$job")" | head -n 1)
+    # Snakemake runs in a step of the job, on one node, and what Slurm says to that step would hold
+    # for the next one too. The new step shares its processors and GPUs with it.
+    for name in $(env | sed -n 's/^\(SLURM_[A-Z_0-9]*\)=.*/\1/p'); do
+        [ "$name" = SLURM_CONF ] || unset "$name"
+    done
     # Jobs may share a node: each takes a port of its own.
-    port=$((20000 + SLURM_JOB_ID % 20000))
-    # Snakemake runs in a step of the job already; its processors and GPUs are shared with it.
-    exec srun --overlap --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit \
-        $torchrun --nnodes "$nodes" --nproc-per-node "$processes" --rdzv-id "$SLURM_JOB_ID" \
-        --rdzv-backend c10d --rdzv-endpoint "$first:$port" -m m2d.cli "$@"
+    exec srun --jobid "$job" --overlap --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 \
+        --gres "gpu:$processes" --kill-on-bad-exit \
+        $torchrun --nnodes "$nodes" --nproc-per-node "$processes" --rdzv-id "$job" \
+        --rdzv-backend c10d --rdzv-endpoint "$first:$((20000 + job % 20000))" -m m2d.cli "$@"
 elif [ "$processes" -gt 1 ]; then
     exec $torchrun --standalone --nproc-per-node "$processes" -m m2d.cli "$@"
 else
