@@ -192,6 +192,8 @@ def jobs_of(output: str) -> list[str]:
     Each once; targets, which run nothing, are left out.
     """
     found = []
+    # Jobs of a group are indented.
+    output = re.sub(r"^ {4}(?=\[| {4}|(?:local)?(?:rule|checkpoint) )", "", output, flags=re.M)
     pattern = r"^(?:local)?(?:rule|checkpoint) (\w+):\n((?:    .*\n)*)"
     for name, details in re.findall(pattern, output, re.M):
         wildcards = re.search(r"^    wildcards: (.*)$", details, re.M)
