@@ -427,17 +427,17 @@ def test_statistics_are_shared_between_folders(
     (tmp_path / "cache").mkdir()
     monkeypatch.setenv("SNAKEMAKE_OUTPUT_CACHE", str(tmp_path / "cache"))
 
-    def files_in(results: str) -> list[Path]:
+    def files_in(results: str, stub: Path) -> list[Path]:
         files = [f"{results}/tiny/statistics.parquet", f"{results}/tiny/gram.safetensors"]
         snakemake(folder, "--cache", "--config", f"results={results}", "--", *files, stub=stub)
         return [folder / file for file in files]
 
-    first = files_in("results")
+    first = files_in("results", stub)
     for file in first:
         assert file.is_symlink()
     broken = make_stub(tmp_path / "broken")
     text = (broken / "m2d").read_text(encoding="utf-8")
     text = text.replace("case $1 in", "case $1 in\n    stats | gram) exit 1 ;;")
-    (stub / "m2d").write_text(text, encoding="utf-8")
-    second = files_in("elsewhere")
+    (broken / "m2d").write_text(text, encoding="utf-8")
+    second = files_in("elsewhere", broken)
     assert [f.resolve() for f in first] == [f.resolve() for f in second]
