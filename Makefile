@@ -1,6 +1,7 @@
 # make demo   set everything up and run the pipeline on the embedded demo teacher
 # make test   set everything up and run the tests
 # make test-slurm  run the workflow on a real Slurm, started for it (root; munge, slurmctld, slurmd)
+# make bench  measure what docs/performance.md states; 5 GB of disk, some minutes
 # make check  set everything up and run the static checks
 # Needs Python >= 3.11 and make; another interpreter: make demo PYTHON=python3.12
 
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 # Rules of the workflow call `m2d`, and so find this environment's.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slurm check format rulegraph profiles clean help
+.PHONY: demo test test-slurm bench check format rulegraph profiles clean help
 
 demo: $(STAMP)
 	$(IN_VENV) snakemake --profile profiles/local all_demo
@@ -22,6 +23,10 @@ test: $(STAMP)
 
 test-slurm: $(STAMP)
 	$(IN_VENV) pytest -m slurm tests/test_slurm.py
+
+bench: $(STAMP)
+	$(IN_VENV) snakemake --profile profiles/local --quiet all -- all_demo
+	$(IN_VENV) python benchmarks/all.py
 
 check: $(STAMP)
 	$(IN_VENV) ruff check .
@@ -52,7 +57,7 @@ clean:
 	rm -rf results report.html
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 # Debian's Python makes environments without pip unless python3-venv is installed; then the pip
 # outside serves the environment.

@@ -4,18 +4,25 @@ Every benchmark prints one JSON line per measurement: name, ratio, target, and h
 Ratios are of times taken side by side in one run, alternating, and the medians are compared.
 """
 
+import argparse
+import contextlib
+import itertools
 import json
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from m2d.models.checkpoint import write_checkpoint
+from m2d.artifacts import atomic_path
+from m2d.models.checkpoint import INDEX_NAME, Spec, write_safetensors
 from m2d.models.student import stored_shapes
 from m2d.models.teacher import make_skeleton, read_config
 
@@ -45,40 +52,81 @@ LAYER_SHAPE = {
 }
 
 
-def real_shape_teacher(folder: Path, layers: int) -> Path:
-    """Write a random teacher of `layers` layers, 1.25 GB each, in the hub's layout."""
-    if (folder / "config.json").exists():
+LAYER_BYTES = 2 * (128 * 3 * 768 * 2048 + 2 * 2048 * 4096 + 2 * 2048 * 512 + 128 * 2048)
+FREE_BYTES = 10e9  # for four layers, students and copies
+
+
+def scratch_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        help="folder for teachers of 1.2 GB a layer, kept there and used again "
+        "(default: a temporary folder, removed at the end)",
+    )
+
+
+@contextlib.contextmanager
+def scratch_folder(given: Path | None) -> Iterator[Path]:
+    """The folder that was given, or a temporary one; exits where the disk has too little room."""
+    with contextlib.ExitStack() as stack:
+        folder = given or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="m2d-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < FREE_BYTES:
+            raise SystemExit(f"{folder}: needs {FREE_BYTES / 1e9:.0f} GB free; name another folder")
+        yield folder
+
+
+def real_shape_teacher(scratch: Path, layers: int) -> Path:
+    """A random teacher of `layers` layers in the hub's layout, one shard a layer.
+
+    Teachers of fewer layers share the shards of those with more, by hard links.
+    """
+    folder = scratch / f"qwen3-30b-a3b-{layers}-layers"
+    if (folder / INDEX_NAME).exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     config = {**LAYER_SHAPE, "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
-    try:
-        skeleton = make_skeleton(read_config(folder)[1], folder)
-        shapes = {}
-        for name, shape in stored_shapes(skeleton).items():
-            if name.endswith("experts.gate_up_proj"):
-                for expert in range(shape[0]):
-                    for part in ("gate_proj", "up_proj"):
-                        key = name.replace("gate_up_proj", f"{expert}.{part}.weight")
-                        shapes[key] = (shape[1] // 2, shape[2])
-            elif name.endswith("experts.down_proj"):
-                for expert in range(shape[0]):
-                    shapes[name.replace("down_proj", f"{expert}.down_proj.weight")] = shape[1:]
-            else:
-                shapes[name] = shape
-        generator = torch.Generator().manual_seed(0)
-
-        def tensor(name: str) -> torch.Tensor:
-            if name.endswith("norm.weight"):
-                return torch.ones(shapes[name], dtype=torch.bfloat16)
-            values = torch.empty(shapes[name], dtype=torch.bfloat16)
-            return values.normal_(0, 0.02, generator=generator)
-
-        write_checkpoint(folder, {n: (torch.bfloat16, s) for n, s in shapes.items()}, tensor)
-    except BaseException:
-        (folder / "config.json").unlink()
-        raise
+    skeleton = make_skeleton(read_config(folder)[1], folder)
+    parts: dict[str, dict[str, Spec]] = {}
+    for name, shape in on_hub(stored_shapes(skeleton)).items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        part = f"layer-{layer[1]}" if layer else "rest"
+        parts.setdefault(f"model-{part}.safetensors", {})[name] = (torch.bfloat16, shape)
+    for file, specs in parts.items():
+        shared = scratch / file
+        if not shared.exists():
+            generator = torch.Generator().manual_seed(sum(file.encode()))
+            with atomic_path(shared) as temporary:
+                tensors = (random_tensor(n, s, generator) for n, (_, s) in specs.items())
+                write_safetensors(temporary, specs, tensors, {"format": "pt"})
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).hardlink_to(shared)
+    weight_map = {name: file for file, specs in parts.items() for name in specs}
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+def on_hub(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the hub's files: every expert's projections apart."""
+    found = {}
+    for name, shape in shapes.items():
+        if name.endswith("experts.gate_up_proj"):
+            for expert, part in itertools.product(range(shape[0]), ("gate_proj", "up_proj")):
+                key = name.replace("gate_up_proj", f"{expert}.{part}.weight")
+                found[key] = (shape[1] // 2, shape[2])
+        elif name.endswith("experts.down_proj"):
+            for expert in range(shape[0]):
+                found[name.replace("down_proj", f"{expert}.down_proj.weight")] = shape[1:]
+        else:
+            found[name] = shape
+    return found
+
+
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
 
 def side_by_side(

@@ -3,10 +3,17 @@
 import argparse
 import json
 import shutil
-import tempfile
+import subprocess
 from pathlib import Path
 
-from common import peak_memory, real_shape_teacher, report, side_by_side
+from common import (
+    peak_memory,
+    real_shape_teacher,
+    report,
+    scratch_folder,
+    scratch_option,
+    side_by_side,
+)
 
 from m2d.artifacts import flush_to_disk
 from m2d.choose.plan import plan_from_dict
@@ -15,6 +22,7 @@ from m2d.models.teacher import open_teacher
 from m2d.stages.merge import write_student
 
 KEEP = 8
+REPEATS = 5
 
 
 def plan_for(layers: int) -> dict:
@@ -31,8 +39,7 @@ def plan_for(layers: int) -> dict:
 
 
 def against_cp(folder: Path, layers: int, scratch: Path) -> None:
-    teacher = open_teacher(real_shape_teacher(folder, layers))
-    plan = plan_from_dict(plan_for(layers), num_experts=teacher.num_experts)
+    plan = plan_from_dict(plan_for(layers), num_experts=128)
     student, copied = scratch / "student", scratch / "copied"
 
     def merge() -> None:
@@ -46,37 +53,40 @@ def against_cp(folder: Path, layers: int, scratch: Path) -> None:
 
     def copy() -> None:
         copied.unlink(missing_ok=True)
-        shutil.copyfile(source, copied)
+        subprocess.run(["cp", "--reflink=never", source, copied], check=True)
         flush_to_disk(copied)
 
-    times = side_by_side({"merge": merge, "cp": copy}, repeats=5)
+    times = side_by_side({"merge": merge, "cp": copy}, repeats=REPEATS)
     nbytes = sum(entry.nbytes for entry in Checkpoint(student).entries.values())
     report(
-        "merge / cp",
+        f"merge / cp, {layers} layers",
         times["merge"] / times["cp"],
         "<= 1.3",
         f"{layers} layers of Qwen3-30B-A3B's shape, K={KEEP}, in one process, files in the page "
-        "cache, both with fsync, opening the teacher included, imports not; medians of 5 in turns",
-        merge_seconds=round(times["merge"], 3),
-        cp_seconds=round(times["cp"], 3),
+        f"cache, both with fsync, opening the teacher included, imports not; medians of {REPEATS} "
+        "in turns",
+        seconds={name: round(value, 3) for name, value in times.items()},
         student_bytes=nbytes,
     )
+    for path in (source, copied):
+        path.unlink()
+    shutil.rmtree(student)
 
 
-def memory(folders: dict[int, Path], scratch: Path) -> None:
+def memory(scratch: Path) -> None:
     peaks = {}
-    for layers, folder in folders.items():
-        plan = scratch / f"plan-{layers}.json"
+    for layers in (2, 4):
+        plan = scratch / "plan.json"
         plan.write_text(json.dumps(plan_for(layers)))
         out = scratch / f"student-{layers}"
-        peaks[layers], _ = peak_memory(
-            ["-m", "m2d.cli", "merge", str(real_shape_teacher(folder, layers)), str(out),
-             "--plan", str(plan)]
-        )  # fmt: skip
+        teacher = real_shape_teacher(scratch, layers)
+        command = ["-m", "m2d.cli", "merge", str(teacher), str(out), "--plan", str(plan)]
+        peaks[layers], _ = peak_memory(command)
+        shutil.rmtree(out)
     report(
-        "merge peak memory, 4 layers / 2 layers",
-        peaks[4] / peaks[2],
-        "1.0, and each <= 1 GB",
+        "merge peak memory / 1 GB",
+        max(peaks.values()) / 1e9,
+        "<= 1, the same for 2 and 4 layers",
         "ru_maxrss of `m2d merge --plan`, the interpreter and its libraries included",
         peak_megabytes={layers: round(peak / 1e6) for layers, peak in peaks.items()},
     )
@@ -84,13 +94,12 @@ def memory(folders: dict[int, Path], scratch: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--teachers", type=Path, default=Path("results/benchmarks/teachers"))
+    scratch_option(parser)
     args = parser.parse_args()
-    folders = {layers: args.teachers / f"qwen3-30b-a3b-{layers}-layers" for layers in (2, 4)}
-    args.teachers.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.teachers) as scratch:
-        against_cp(folders[4], 4, Path(scratch))
-        memory(folders, Path(scratch))
+    with scratch_folder(args.scratch) as scratch:
+        for layers in (2, 3, 4):
+            against_cp(real_shape_teacher(scratch, layers), layers, scratch)
+        memory(scratch)
 
 
 if __name__ == "__main__":

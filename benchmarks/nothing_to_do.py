@@ -1,4 +1,4 @@
-"""A second run with nothing to do: the wall time of a dry run of every target after `make demo`."""
+"""A second run with nothing to do: wall times after `make demo`, and of every pipeline's DAG."""
 
 import subprocess
 import sys

@@ -9,7 +9,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import peak_memory, real_shape_teacher, report, side_by_side
+from common import (
+    peak_memory,
+    real_shape_teacher,
+    report,
+    scratch_folder,
+    scratch_option,
+    side_by_side,
+)
 from merge import plan_for
 
 from m2d.choose.plan import plan_from_dict
@@ -81,7 +88,7 @@ def whole(folder: Path, sequences: int, length: int) -> None:
 
 def memory(folder: Path, sequences: int, length: int) -> None:
     size = ["--sequences", str(sequences), "--length", str(length)]
-    peak, seconds = peak_memory([__file__, "--whole", "--teacher", str(folder), *size])
+    peak, seconds = peak_memory([__file__, "--whole", str(folder), *size])
     one = WIDTH**2 * 8
     report(
         "refit peak memory in matrices [W, W] of float64",
@@ -96,19 +103,18 @@ def memory(folder: Path, sequences: int, length: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    teachers = Path("results/benchmarks/teachers/qwen3-30b-a3b-1-layers")
-    parser.add_argument("--teacher", type=Path, default=teachers)
+    scratch_option(parser)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--whole", type=Path, metavar="TEACHER", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.whole:
-        whole(args.teacher, args.sequences, args.length)
+        whole(args.whole, args.sequences, args.length)
         return
-    args.teacher.parent.mkdir(parents=True, exist_ok=True)
     sums(2048)
     solution()
-    memory(real_shape_teacher(args.teacher, 1), args.sequences, args.length)
+    with scratch_folder(args.scratch) as scratch:
+        memory(real_shape_teacher(scratch, 1), args.sequences, args.length)
 
 
 if __name__ == "__main__":

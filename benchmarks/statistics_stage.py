@@ -4,18 +4,25 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import LAYER_SHAPE, peak_memory, real_shape_teacher, report, side_by_side
+from common import (
+    LAYER_BYTES,
+    LAYER_SHAPE,
+    peak_memory,
+    real_shape_teacher,
+    report,
+    scratch_folder,
+    scratch_option,
+    side_by_side,
+)
 from transformers import AutoModelForCausalLM
 
 from m2d.conversion import collect_statistics
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
-from m2d.stages.gram import CHUNK_BYTES
 from m2d.stages.stats import RoutingTotals
 
 CPU = torch.device("cpu")
-LENGTH, BATCH = 512, 4
-LAYER_BYTES = 2 * (128 * 3 * 768 * 2048 + 2 * 2048 * 4096 + 2 * 2048 * 512 + 128 * 2048)
+LENGTH, BATCH, HIDDEN = 512, 4, 2048
 
 
 def tokens_of(sequences: int) -> torch.Tensor:
@@ -54,45 +61,49 @@ def against_loaded(folder: Path) -> None:
 
 def collect(folder: Path, sequences: int) -> None:
     """Statistics and Gram in one pass; run in a process of its own."""
+    if not sequences:
+        return
     stream = StreamedTeacher(open_teacher(folder), torch.bfloat16, CPU)
     collect_statistics(stream, tokens_of(sequences), BATCH)
 
 
-def growth(folders: dict[int, Path]) -> None:
-    def run(layers: int, sequences: int) -> tuple[float, float]:
-        return peak_memory([__file__, "--collect", str(folders[layers]), str(sequences)])
+def growth(scratch: Path) -> None:
+    """Time and memory for more layers and more tokens, in a process each."""
 
-    base = run(2, 0)  # imports and the skeleton only
-    cells = {(n, s): run(n, s) for n, s in ((2, 2), (3, 2), (4, 2), (2, 4), (2, 8))}
-    for (layers, sequences), (peak, seconds) in cells.items():
-        activations = sequences * LENGTH * 2048 * 2
+    def run(layers: int, sequences: int) -> tuple[float, float]:
+        folder = real_shape_teacher(scratch, layers)
+        return peak_memory([__file__, "--collect", str(folder), str(sequences)])
+
+    _, start = run(2, 0)  # imports and the skeleton only
+    for layers, sequences in ((2, 2), (3, 2), (4, 2), (2, 4), (2, 8)):
+        peak, seconds = run(layers, sequences)
+        activations = sequences * LENGTH * HIDDEN * 2
         allowed = 2 * LAYER_BYTES + activations + 1e9
         report(
-            f"statistics + Gram peak memory / allowed, {layers} layers, {sequences} sequences",
+            f"statistics + Gram peak memory, {layers} layers, {sequences * LENGTH} tokens",
             peak / allowed,
             "<= 1",
-            "ru_maxrss, everything included; allowed: 2 layers' weights + activations + 1 GB "
-            f"(chunk limit {CHUNK_BYTES / 1e6:.0f} MB)",
+            "ru_maxrss, everything included, against 2 layers' weights + activations + 1 GB; "
+            "seconds are those of the process less those of one without tokens",
             peak_megabytes=round(peak / 1e6),
             allowed_megabytes=round(allowed / 1e6),
-            seconds_without_start=round(seconds - base[1], 1),
+            seconds=round(seconds - start, 1),
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--teachers", type=Path, default=Path("results/benchmarks/teachers"))
-    parser.add_argument("--collect", nargs=2, metavar=("FOLDER", "SEQUENCES"))
+    scratch_option(parser)
+    parser.add_argument(
+        "--collect", nargs=2, metavar=("FOLDER", "SEQUENCES"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.collect:
-        if int(args.collect[1]):
-            collect(Path(args.collect[0]), int(args.collect[1]))
+        collect(Path(args.collect[0]), int(args.collect[1]))
         return
-    folders = {n: args.teachers / f"qwen3-30b-a3b-{n}-layers" for n in (2, 3, 4)}
-    for layers, folder in folders.items():
-        real_shape_teacher(folder, layers)
-    against_loaded(folders[2])
-    growth(folders)
+    with scratch_folder(args.scratch) as scratch:
+        against_loaded(real_shape_teacher(scratch, 2))
+        growth(scratch)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ class Statement:
     @cached_property
     def text(self) -> str:
         """Its source without comments, docstrings and layout."""
-        return normalised(self.node)
+        assert self.chains is not None  # read first: what follows strips the tree
+        return "" if _is_text(self.node) else ast.unparse(_Normaliser().visit(self.node))
 
     @cached_property
     def chains(self) -> list[list[str]]:
@@ -104,7 +105,7 @@ def reachable(
             statements = [_only(item.node, chosen.get(TABLES[name], ())) for item in statements]
         found[key] = "\n".join(item.text for item in statements)
         for item in statements:
-            waiting += references(item, module_name, module, package)
+            waiting += references(item, module_name, package)
     return found
 
 
@@ -146,15 +147,17 @@ def imported(node: ast.AST, module: str, package: Path) -> dict[str, str]:
     return {k: v for k, v in names.items() if v.split(".")[0] == package.name}
 
 
-def references(
-    statement: Statement, module_name: str, module: Module, package: Path
-) -> Iterator[tuple[str, str]]:
-    """The definitions that a statement names, as (module, definition)."""
+@cache
+def references(statement: Statement, module_name: str, package: Path) -> list[tuple[str, str]]:
+    """The definitions that a statement of a module names, as (module, definition)."""
+    module, found = load(module_name, package), []
+    assert module is not None
     for first, *rest in statement.chains:
         if first in module.imports:
-            yield from _located([*module.imports[first].split("."), *rest], package)
+            found += _located([*module.imports[first].split("."), *rest], package)
         elif first in module.definitions:
-            yield module_name, first
+            found.append((module_name, first))
+    return found
 
 
 def _located(parts: list[str], package: Path) -> Iterator[tuple[str, str]]:
@@ -239,11 +242,3 @@ def _is_text(node: ast.AST) -> bool:
         and isinstance(node.value.value, str)
     )
 
-
-def normalised(node: ast.stmt) -> str:
-    """The source of a statement without comments, docstrings and layout."""
-    if _is_text(node):
-        return ""
-    # The transformer edits in place, and parsed modules are kept: work on a copy.
-    copy = ast.parse(ast.unparse(node))
-    return ast.unparse(_Normaliser().visit(copy))
