@@ -129,31 +129,49 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
 
+def cpu_time_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU time on one thread in place of wall time, for a machine that others use too",
+    )
+
+
+def clock_of(cpu_time: bool) -> tuple[Callable[[], float], str]:
+    """The clock, and what to say of it; for CPU time, torch is held to one thread."""
+    if not cpu_time:
+        return time.perf_counter, f"wall time, {torch.get_num_threads()} threads"
+    torch.set_num_threads(1)
+    return lambda: sum(os.times()[:4]), "CPU time on one thread, the machine in use by others"
+
+
 def side_by_side(
-    runs: dict[str, Callable[[], object]], repeats: int = 3, warm_up: bool = True
+    runs: dict[str, Callable[[], object]],
+    repeats: int = 3,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each, taken in turns so that a slow spell hits them alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + warm_up):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn or not warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_memory(arguments: list[str]) -> tuple[float, float]:
-    """Peak resident bytes and wall seconds of `python ARGUMENTS`, in a process of its own."""
-    start = time.perf_counter()
+    """Peak resident bytes and CPU seconds of `python ARGUMENTS`, in a process of its own."""
     child = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise RuntimeError(f"{arguments} failed")
-    return usage.ru_maxrss * 1024, time.perf_counter() - start
+    return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
 
 def report(name: str, ratio: float, target: str, how: str, **details: object) -> None:
     """Print one measurement."""
-    line = {"name": name, "ratio": round(ratio, 3), "target": target, "how": how, **details}
+    line = {"name": name, "ratio": float(f"{ratio:.3g}"), "target": target, "how": how, **details}
     print(json.dumps(line), flush=True)

@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 from common import (
+    clock_of,
+    cpu_time_option,
     peak_memory,
     real_shape_teacher,
     report,
@@ -38,7 +40,8 @@ def plan_for(layers: int) -> dict:
     }
 
 
-def against_cp(folder: Path, layers: int, scratch: Path) -> None:
+def against_cp(folder: Path, layers: int, scratch: Path, cpu_time: bool) -> None:
+    clock, timing = clock_of(cpu_time)
     plan = plan_from_dict(plan_for(layers), num_experts=128)
     student, copied = scratch / "student", scratch / "copied"
 
@@ -56,7 +59,7 @@ def against_cp(folder: Path, layers: int, scratch: Path) -> None:
         subprocess.run(["cp", "--reflink=never", source, copied], check=True)
         flush_to_disk(copied)
 
-    times = side_by_side({"merge": merge, "cp": copy}, repeats=REPEATS)
+    times = side_by_side({"merge": merge, "cp": copy}, repeats=REPEATS, clock=clock)
     nbytes = sum(entry.nbytes for entry in Checkpoint(student).entries.values())
     report(
         f"merge / cp, {layers} layers",
@@ -64,7 +67,7 @@ def against_cp(folder: Path, layers: int, scratch: Path) -> None:
         "<= 1.3",
         f"{layers} layers of Qwen3-30B-A3B's shape, K={KEEP}, in one process, files in the page "
         f"cache, both with fsync, opening the teacher included, imports not; medians of {REPEATS} "
-        "in turns",
+        f"in turns; {timing}",
         seconds={name: round(value, 3) for name, value in times.items()},
         student_bytes=nbytes,
     )
@@ -95,10 +98,11 @@ def memory(scratch: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     scratch_option(parser)
+    cpu_time_option(parser)
     args = parser.parse_args()
     with scratch_folder(args.scratch) as scratch:
         for layers in (2, 3, 4):
-            against_cp(real_shape_teacher(scratch, layers), layers, scratch)
+            against_cp(real_shape_teacher(scratch, layers), layers, scratch, args.cpu_time)
         memory(scratch)
 
 

@@ -97,7 +97,7 @@ def memory(folder: Path, sequences: int, length: int) -> None:
         f"a process that merges and refits (sequential) a one-layer teacher on {sequences} x "
         f"{length} tokens, bfloat16 models, {len(RIDGES_OF_BENCHMARK)} ridges",
         peak_megabytes=round(peak / 1e6),
-        seconds=round(seconds, 1),
+        cpu_seconds=round(seconds, 1),
     )
 
 

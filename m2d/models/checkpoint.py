@@ -26,7 +26,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Hub tools split at 5 GB; the same here, so that uploads and partial downloads behave alike.
 MAX_SHARD_BYTES = 5_000_000_000
-COPY_BYTES = 4_000_000  # at a time, of tensors that are copied as they are
+# At a time, of tensors that are copied as they are: what a core's cache holds.
+COPY_BYTES = 2**20
 
 
 class Checkpoint:
