@@ -150,7 +150,8 @@ def imported(node: ast.AST, module: str, package: Path) -> dict[str, str]:
 @cache
 def references(statement: Statement, module_name: str, package: Path) -> list[tuple[str, str]]:
     """The definitions that a statement of a module names, as (module, definition)."""
-    module, found = load(module_name, package), []
+    module = load(module_name, package)
+    found: list[tuple[str, str]] = []
     assert module is not None
     for first, *rest in statement.chains:
         if first in module.imports:
