@@ -281,7 +281,7 @@ def seconds_by_model(benchmarks: pd.DataFrame) -> pd.DataFrame:
         column = "measured_s" if verb in ("measure", "evaluate") else "made_s"
         if what == "teacher":
             rows.append([parts[0], "", "teacher", column, seconds])
-        elif what == "student" and len(parts) > 1:
+        elif (what == "student" or rule == "merge_neurons") and len(parts) > 1:
             variant = parts[2] if len(parts) > 2 else "refit" if verb == "refit" else "merged"
             rows.append([parts[0], parts[1], variant, column, seconds])
     table = pd.DataFrame(rows, columns=["teacher", "student", "variant", "column", "seconds"])

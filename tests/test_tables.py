@@ -171,6 +171,31 @@ def make_models(*changes: dict) -> pd.DataFrame:
     return comparisons.model_rows(as_rows(rows + read_published()), no_times)
 
 
+def test_seconds_of_models_by_the_names_of_jobs(tmp_path: Path) -> None:
+    jobs = {
+        "merge_student/t/a": 1,
+        "merge_neurons/t/b": 2,
+        "measure_neurons/t/greedy": 4,
+        "refit_student/t/b": 8,
+        "distill_student/t/b/short": 16,
+        "measure_student/t/b/refit": 32,
+        "evaluate_student/t/b/refit/arc": 64,
+        "measure_teacher/t": 128,
+    }
+    for job, seconds in jobs.items():
+        file = tmp_path / f"{job}.tsv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"s\tmax_rss\n{seconds}\t5\n")
+    times = seconds_by_model(read_benchmarks(tmp_path)).fillna(0)
+    assert {key: tuple(row) for key, row in times.iterrows()} == {
+        ("t", "", "teacher"): (0, 128),
+        ("t", "a", "merged"): (1, 0),
+        ("t", "b", "merged"): (2, 0),
+        ("t", "b", "refit"): (8, 96),
+        ("t", "b", "short"): (16, 0),
+    }
+
+
 def test_published_scores_beside_ours() -> None:
     models = make_models({}, {"student": "other", "keep": 16}, {"task": "winogrande", "value": 0.6})
     table = comparisons.published(models)

@@ -23,7 +23,7 @@ from m2d.stages.combine import LayerSums, gram_statistics
 from m2d.stages.stats import add_statistics_options, collect
 
 # Memory that all experts' outputs on a chunk of tokens may take on a CPU.
-CHUNK_BYTES = 400_000_000
+CHUNK_BYTES = 200_000_000
 TILE = 32  # tokens: products of a multiple of them waste nothing
 COLUMNS_AT_ONCE = 16_384  # columns of the outputs that are widened to float32 at a time
 # Rows of one block of the upper triangle: in smaller ones the products cost more than is saved.
