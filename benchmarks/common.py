@@ -103,7 +103,7 @@ def real_shape_teacher(scratch: Path, layers: int) -> Path:
         (folder / file).unlink(missing_ok=True)
         (folder / file).hardlink_to(shared)
     weight_map = {name: file for file, specs in parts.items() for name in specs}
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 

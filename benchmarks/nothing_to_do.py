@@ -20,7 +20,8 @@ from common import report
 from m2d.config import load_config
 
 TARGET_SECONDS = 5.0
-FILES = {".json", ".jsonl", ".parquet", ".safetensors"}  # other outputs are folders
+FILES = {".json", ".jsonl", ".parquet", ".safetensors"}
+FLAG = "downloaded"  # a file, too; other outputs are folders
 IN_FOLDERS = ("config.json", "m2d.json", "metrics.jsonl", "plan.json")
 
 
@@ -41,7 +42,7 @@ def make_outputs(listing: str, grid: pa.Table) -> int:
     jobs = re.findall(r"^    output: (.*)$", listing, re.M)
     for outputs in jobs:
         for output in map(Path, outputs.split(", ")):
-            if output.suffix not in FILES:
+            if output.suffix not in FILES and output.name != FLAG:
                 output.mkdir(parents=True, exist_ok=True)
                 for name in IN_FOLDERS:
                     (output / name).write_text("{}\n")

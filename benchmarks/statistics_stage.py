@@ -107,8 +107,8 @@ def main() -> None:
         collect(Path(args.collect[0]), int(args.collect[1]))
         return
     with scratch_folder(args.scratch) as scratch:
+        growth(scratch)  # first: a process's peak counts what its parent held when it began
         against_loaded(real_shape_teacher(scratch, 2), args.cpu_time)
-        growth(scratch)
 
 
 if __name__ == "__main__":
