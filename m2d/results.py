@@ -137,13 +137,7 @@ def read_grid(files: Iterable[str | Path]) -> pd.DataFrame:
     grid["same_as"] = first.where(first != label, "")
     best = grid.groupby("teacher")["perplexity"].transform("min")
     grid["relative"] = grid["perplexity"] / best
-    leading = [
-        *keys,
-        "perplexity",
-        *(["stderr"] if "stderr" in grid else []),
-        "relative",
-        "same_as",
-    ]
+    leading = [*keys, "perplexity", "stderr", "relative", "same_as"]
     return grid[leading + [column for column in grid if column not in leading]]
 
 

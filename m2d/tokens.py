@@ -6,20 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from m2d.artifacts import atomic_path
 from m2d.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
-
-
-def write_tokens(path: str | Path, input_ids: torch.Tensor, metadata: dict[str, str]) -> None:
-    """Write input_ids [sequences, length] with a note of where they come from."""
-    sizes = {"sequences": str(input_ids.shape[0]), "length": str(input_ids.shape[1])}
-    with atomic_path(path) as temporary:
-        save_file({"input_ids": input_ids.contiguous()}, temporary, {**metadata, **sizes})
 
 
 def read_tokens(path: str | Path, vocab_size: int | None = None) -> torch.Tensor:

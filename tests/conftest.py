@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from m2d.artifacts import atomic_path
 
 TEXT = """A mixture of experts sends every token to a few of many small networks.
 The router scores the experts, and the highest scores win the token.
@@ -22,6 +25,13 @@ VOCABULARY = 300
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def write_tokens(path: str | Path, input_ids: torch.Tensor, metadata: dict[str, str]) -> None:
+    """Write input_ids [sequences, length] with a note of where they come from."""
+    sizes = {"sequences": str(input_ids.shape[0]), "length": str(input_ids.shape[1])}
+    with atomic_path(path) as temporary:
+        save_file({"input_ids": input_ids.contiguous()}, temporary, {**metadata, **sizes})
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

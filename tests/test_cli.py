@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_teacher
+from conftest import make_teacher, write_tokens
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from m2d import cli
-from m2d.tokens import write_tokens
 
 
 def refused(words: list, out: Path, capsys: pytest.CaptureFixture) -> str:  # type: ignore[type-arg]

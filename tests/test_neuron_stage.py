@@ -8,7 +8,7 @@ import family_teachers
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, make_teacher
+from conftest import VOCABULARY, make_teacher, write_tokens
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,6 @@ from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import count_parameters, open_teacher
 from m2d.stages.neurons import collect, read_neurons, write_neurons
 from m2d.stages.widths import number_of_parameters, parameters_of, width_for
-from m2d.tokens import write_tokens
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(3))
 EXPERTS, WIDTH, TOP_K, HIDDEN = 8, 16, 2, 32  # of conftest's teacher

@@ -6,7 +6,7 @@ from pathlib import Path
 import family_teachers
 import pytest
 import torch
-from conftest import VOCABULARY, make_teacher
+from conftest import VOCABULARY, make_teacher, write_tokens
 from family_teachers import MAKERS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -16,7 +16,6 @@ from m2d.cli import main
 from m2d.errors import UserError
 from m2d.models.teacher import open_teacher
 from m2d.stages.refit import as_on_disk, held_out_sequences, refit, write_refitted
-from m2d.tokens import write_tokens
 
 TOKENS = torch.randint(0, VOCABULARY, (24, 16), generator=torch.Generator().manual_seed(5))
 OPTIONS = {"dtype": torch.float64, "device": torch.device("cpu"), "batch": 5}

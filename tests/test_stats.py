@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, make_teacher
+from conftest import VOCABULARY, make_teacher, write_tokens
 from transformers import AutoModelForCausalLM
 
 from m2d import cli
@@ -20,7 +20,6 @@ from m2d.stages.gram import even_chunks, inner_products
 from m2d.stages.stats import routing_sums
 from m2d.statistics import SUMS, read_layers, write_gram, write_routing
 from m2d.sums import LongSum
-from m2d.tokens import write_tokens
 
 CPU = torch.device("cpu")
 

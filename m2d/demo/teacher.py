@@ -65,25 +65,32 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
+def common_config(eos_token_id: int) -> dict[str, Any]:
+    """What both teachers' architectures share."""
+    return {
+        "vocab_size": VOCABULARY,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": eos_token_id,
+    }
+
+
 def teacher_config(eos_token_id: int = 0) -> Qwen3MoeConfig:
     """The MoE teacher's architecture: 4.94 million parameters, of which 1.5 million are active."""
-    return Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim: its stub lacks what it takes
-        vocab_size=VOCABULARY,
+    return Qwen3MoeConfig(
+        **common_config(eos_token_id),
         hidden_size=160,
         num_hidden_layers=4,
         num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
         intermediate_size=256,  # of dense layers, of which there are none: top-k x expert width
         moe_intermediate_size=64,
         num_experts=32,
         num_experts_per_tok=4,
         norm_topk_prob=True,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-        bos_token_id=eos_token_id,
-        eos_token_id=eos_token_id,
-        pad_token_id=eos_token_id,
     )
 
 
@@ -93,18 +100,11 @@ def dense_teacher_config(eos_token_id: int = 0) -> Qwen3Config:
     It is larger than the MoE's student along every axis: structured pruning has to do on each.
     """
     return Qwen3Config(
-        vocab_size=VOCABULARY,
+        **common_config(eos_token_id),
         hidden_size=224,
         num_hidden_layers=6,
         num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
         intermediate_size=784,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-        bos_token_id=eos_token_id,
-        eos_token_id=eos_token_id,
-        pad_token_id=eos_token_id,
     )
 
 

@@ -135,14 +135,18 @@ class StudentLoss(nn.Module):
             return stored_loss(student_BLH.flatten(0, 1), head_of(self.student), ids_Tn, p_Tn)
         assert teacher_BLH is not None
         assert teacher_head is not None
+        sides = (
+            student_BLH.flatten(0, 1),
+            head_of(self.student),
+            teacher_BLH.flatten(0, 1),
+            teacher_head,
+        )
+        divergence, temperature = self.recipe.loss, self.recipe.temperature
         if self.recipe.loss_implementation == "liger":
             return liger_loss(
-                student_BLH.flatten(0, 1),
-                head_of(self.student),
-                teacher_BLH.flatten(0, 1),
-                teacher_head,
-                divergence=self.recipe.loss,
-                temperature=self.recipe.temperature,
+                *sides,
+                divergence=divergence,
+                temperature=temperature,
                 compiled=self.recipe.compile,
             )
         labels = None
@@ -150,12 +154,9 @@ class StudentLoss(nn.Module):
             labels = torch.full_like(input_ids, -100)
             labels[:, :-1] = input_ids[:, 1:]
         return distillation_loss(
-            student_BLH.flatten(0, 1),
-            head_of(self.student),
-            teacher_BLH.flatten(0, 1),
-            teacher_head,
-            divergence=self.recipe.loss,
-            temperature=self.recipe.temperature,
+            *sides,
+            divergence=divergence,
+            temperature=temperature,
             labels_T=None if labels is None else labels.flatten(),
             cross_entropy_weight=self.recipe.cross_entropy_weight,
         )

@@ -17,11 +17,11 @@ from m2d.choose.plan import Plan
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family
 from m2d.models.fresh import fresh_tensor
-from m2d.models.student import StudentTensors, stored_shapes
+from m2d.models.student import StudentTensors, build_student_skeleton, stored_shapes
 from m2d.models.teacher import Teacher, count_parameters, open_teacher, pick_dtype
 from m2d.options import DTYPES
 from m2d.progress import say
-from m2d.stages.merge import about_teacher, build_student_skeleton, write_folder
+from m2d.stages.merge import about_student, about_teacher, write_folder
 
 KINDS = ("random_ffn", "random_init")
 
@@ -62,18 +62,14 @@ def write_baseline(teacher: Teacher, out: Path, kind: str, seed: int, dtype: str
     raw = {k: v for k, v in raw.items() if k != "torch_dtype"} | {"dtype": named}
     specs: dict[str, Spec] = {n: (chosen, shape) for n, shape in stored_shapes(skeleton).items()}
     make = student_tensors(teacher, skeleton, kind, seed)
-    parameters = count_parameters(skeleton)
     record = {
         **about_teacher(teacher),
-        "student": {
-            "architecture": teacher.family.student_architecture,
-            "parameters": parameters,
-        },
+        **about_student(teacher, skeleton),
         "baseline": {"kind": kind, "seed": seed},
         "dtype": named,
     }
     write_folder(out, teacher.folder, raw, specs, lambda n: make(n).to(chosen), record, {})
-    return parameters
+    return count_parameters(skeleton)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -137,7 +137,8 @@ def every_expert(experts: StackedExperts, hidden: Tensor, outputs: Tensor) -> No
 def chunk_tokens(token_bytes: int, hidden: Tensor) -> int:
     """Most tokens of a chunk, token_bytes each: a quarter of the free memory holds them.
 
-    On a CPU they are at most CHUNK_BYTES; larger products are no faster there.
+    On a CPU they are at most CHUNK_BYTES: twice as much is a fifth faster (docs/performance.md),
+    but the peak of memory would pass two layers and 1 GB.
     """
     limit = free_memory(hidden.device) // 4
     return max(1, (limit if hidden.is_cuda else min(limit, CHUNK_BYTES)) // token_bytes)

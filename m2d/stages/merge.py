@@ -137,10 +137,7 @@ def describe(
     """What m2d.json says: the teacher, the student and the plan in short."""
     return {
         **about_teacher(teacher),
-        "student": {
-            "architecture": teacher.family.student_architecture,
-            "parameters": count_parameters(skeleton),
-        },
+        **about_student(teacher, skeleton),
         "plan": {
             "scoring": plan.scoring,
             "grouping": plan.grouping,
@@ -167,6 +164,12 @@ def about_teacher(teacher: Teacher) -> dict[str, Any]:
         "m2d_version": __version__,
         "teacher": {key: value for key, value in about.items() if value is not None},
     }
+
+
+def about_student(teacher: Teacher, skeleton: torch.nn.Module) -> dict[str, Any]:
+    """What every student's m2d.json says of the student."""
+    architecture = teacher.family.student_architecture
+    return {"student": {"architecture": architecture, "parameters": count_parameters(skeleton)}}
 
 
 def licence_of(folder: Path) -> str | None:
@@ -210,11 +213,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the student (default: as on disk)")
 
 
-# The option that says which kind of student, and those that belong to it; `+` for must be given.
-OPTIONS = {
-    "plan": (),
-    "neurons": ("choice", "width", "params"),
-    "ranking": ("statistics+", "gram+", "grouping+", "scaling+", "keep+"),
+# The option that says which kind of student -> those that it needs, and those that may go with it.
+OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "plan": ((), ()),
+    "neurons": ((), ("choice", "width", "params")),
+    "ranking": (("statistics", "gram", "grouping", "scaling", "keep"), ()),
 }
 
 
@@ -222,11 +225,11 @@ def check_options(args: argparse.Namespace) -> str:
     """The kind of student, a key of OPTIONS. Raises UserError where options do not go together."""
     given = {name for name in vars(args) if getattr(args, name) is not None}
     kind = next((kind for kind in OPTIONS if kind in given), "ranking")
-    needed = [kind, *(name[:-1] for name in OPTIONS[kind] if name.endswith("+"))]
-    if missing := [f"--{name}" for name in needed if name not in given]:
+    needed, _ = OPTIONS[kind]
+    if missing := [f"--{name}" for name in (kind, *needed) if name not in given]:
         raise UserError(f"missing {', '.join(missing)}; or give --neurons or --plan")
-    for other, names in OPTIONS.items():
-        for name in (other, *(name.rstrip("+") for name in names)):
+    for other, (needs, may) in OPTIONS.items():
+        for name in (other, *needs, *may):
             if other != kind and name in given:
                 raise UserError(f"--{name}: does not go with --{kind}; give one or the other")
     return kind

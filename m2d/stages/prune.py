@@ -30,7 +30,7 @@ from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import Teacher, count_parameters, pick_device, pick_dtype
 from m2d.options import add_compute_options, positive
 from m2d.progress import say
-from m2d.stages.merge import about_teacher, write_folder
+from m2d.stages.merge import about_student, about_teacher, write_folder
 from m2d.tokens import read_token_notes, read_tokens
 
 
@@ -113,10 +113,7 @@ def prune(
     specs, read = pruned_tensors(teacher, cut, skeleton)
     record = {
         **about_teacher(teacher),
-        "student": {
-            "architecture": teacher.family.student_architecture,
-            "parameters": count_parameters(skeleton),
-        },
+        **about_student(teacher, skeleton),
         "baseline": {"kind": "d2d", **vars(shape), "of": vars(shape_of(teacher))},
         "calibration": {
             "source": read_token_notes(calibration).get("source"),

@@ -232,8 +232,7 @@ def merge_code(wildcards):
 
 def students_of_kind(*kinds):
     """A wildcard constraint: the config's students of these kinds."""
-    names = [n for n, s in config["students"].items() if student_kind(s) in kinds]
-    return "|".join(names) or "none of this kind"
+    return any_of(n for n, s in config["students"].items() if student_kind(s) in kinds)
 
 
 def size_options(student):

@@ -19,7 +19,7 @@ rule merge_student:
     benchmark:
         "<benchmarks>/merge_student/{teacher}/{student}.tsv"
     wildcard_constraints:
-        student=f"{students_of_kind('experts')}|best-[a-z_]+-[a-z_]+",
+        student=f"{students_of_kind('experts')}|{BEST}",
     conda:
         "../envs/m2d.yaml"
     threads: 1
