@@ -33,17 +33,20 @@ class Statement:
         self.node = node
 
     @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All nodes of its tree."""
+        return list(ast.walk(self.node))
+
+    @cached_property
     def text(self) -> str:
-        """Its source without comments, docstrings and layout."""
-        assert self.chains is not None  # read first: what follows strips the tree
-        return "" if _is_text(self.node) else ast.unparse(_Normaliser().visit(self.node))
+        """What it says, without comments, docstrings and layout."""
+        return "" if _is_text(self.node) else repr(_shape(self.node))
 
     @cached_property
     def chains(self) -> list[list[str]]:
         """The dotted names in it, each the longest: ["a", "b"] for a.b."""
-        nodes = list(ast.walk(self.node))
-        inner = {id(item.value) for item in nodes if isinstance(item, ast.Attribute)}
-        chains = [_dotted(item) for item in nodes if id(item) not in inner]
+        inner = {id(item.value) for item in self.nodes if isinstance(item, ast.Attribute)}
+        chains = [_dotted(item) for item in self.nodes if id(item) not in inner]
         return [list(names) for names in dict.fromkeys(tuple(c) for c in chains if c)]
 
 
@@ -118,8 +121,8 @@ def load(name: str, package: Path) -> Module | None:
         return None
     module = Module()
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        module.imports |= imported(node, name, package)
         names, statement = _bound(node), Statement(node)
+        module.imports |= imported(statement, name, package)
         for bound in names:
             module.definitions.setdefault(bound, []).append(statement)
         if not names and not isinstance(node, ast.Import | ast.ImportFrom):
@@ -127,10 +130,10 @@ def load(name: str, package: Path) -> Module | None:
     return module
 
 
-def imported(node: ast.AST, module: str, package: Path) -> dict[str, str]:
-    """Local name -> dotted name, of every import of this package within `node`."""
+def imported(statement: Statement, module: str, package: Path) -> dict[str, str]:
+    """Local name -> dotted name, of every import of this package in a statement."""
     names = {}
-    for item in ast.walk(node):
+    for item in statement.nodes:
         if isinstance(item, ast.Import):
             for alias in item.names:
                 local = alias.asname or alias.name.split(".")[0]
@@ -222,20 +225,20 @@ def _only(node: ast.stmt, chosen: Collection[str]) -> Statement:
     return Statement(ast.fix_missing_locations(assignment))
 
 
-class _Normaliser(ast.NodeTransformer):
-    """Drops what cannot change a result: docstrings and the wording of options."""
+def _shape(node: object) -> object:
+    """A syntax tree as nested tuples, without what cannot change a result: docstrings, positions
+    and the wording of options."""
+    if isinstance(node, list):
+        return tuple([_shape(item) for item in node if not _is_text(item)])
+    if isinstance(node, ast.keyword) and node.arg in WORDING:
+        return None
+    if isinstance(node, ast.AST):
+        fields = [_shape(getattr(node, name, None)) for name in node._fields if name != "ctx"]
+        return type(node).__name__, *fields
+    return node
 
-    def visit(self, node: ast.AST) -> ast.AST:
-        node = self.generic_visit(node)
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [item for item in body if not _is_text(item)] or [ast.Pass()]  # type: ignore[attr-defined]
-        if isinstance(node, ast.Call):
-            node.keywords = [word for word in node.keywords if word.arg not in WORDING]
-        return node
 
-
-def _is_text(node: ast.AST) -> bool:
+def _is_text(node: object) -> bool:
     """Whether a statement is a docstring, or one placed after an attribute."""
     return (
         isinstance(node, ast.Expr)

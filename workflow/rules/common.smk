@@ -1,5 +1,6 @@
 # What the rules share: the checked config, paths, and what decides whether a result is up to date.
 
+import gc
 import hashlib
 import json
 import os
@@ -27,6 +28,10 @@ from m2d.errors import UserError
 # kernel and fetch fresh pages for the next, a third of the time of a job with a small model.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(64 * 2**20))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 * 2**20))
+
+# A graph of thousands of jobs is many objects and no garbage: looking for it at the default's rate
+# takes a fifth of the time that Snakemake needs to see that there is nothing to do.
+gc.set_threshold(1_000_000)
 
 try:
     config = check_config(config, workflow.source_path("../schemas/config.schema.yaml"))
@@ -77,6 +82,12 @@ def teacher_files(wildcards):
 def compute_options(wildcards):
     teacher = teacher_of(wildcards)
     return f"--dtype {teacher['dtype']} --batch {teacher['batch']}"
+
+
+def script(name):
+    """The path of a script of the workflow."""
+    # Not workflow.source_path: a copy in a cache, not executable, at another place in every run.
+    return os.path.relpath(Path(workflow.basedir, "scripts", name))
 
 
 def sized(rule, what, **names):
@@ -304,9 +315,7 @@ def recipe_options(wildcards):
 
 def launcher():
     """The script that starts a distillation, on any number of GPUs and nodes."""
-    # Not workflow.source_path: a copy in a cache, not executable, at another place in every run.
-    script = Path(workflow.basedir, "scripts", "launch.sh")
-    return config.get("launcher", os.path.relpath(script))
+    return config.get("launcher", script("launch.sh"))
 
 
 # ---- evaluate.smk
@@ -329,6 +338,8 @@ def evaluation_out(wildcards, output):
 def evaluation_options(evaluation, tasks):
     settings = config["evaluations"][evaluation]
     options = [("task", task) for task in tasks]
+    if settings.get("demo"):
+        options += [("include", f"{config['results']}/tasks")]
     options += [
         (key.replace("_", "-"), settings[key])
         for key in ("shots", "limit", "batch_size", "backend")

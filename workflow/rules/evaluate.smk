@@ -32,13 +32,10 @@ for name, (evaluation, tasks) in evaluation_jobs(config).items():
             out=evaluation_out,
             options=evaluation_options(evaluation, tasks),
             dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
-            include=lambda wildcards, input: (
-                f"--include {input.tasks}" if input.tasks else ""
-            ),
             code=code("m2d.stages.evaluate"),
         shell:
             """
-            m2d evaluate {params.model} {params.out} {params.options} {params.include} \
+            m2d evaluate {params.model} {params.out} {params.options} \
                 --dtype {params.dtype} >{log} 2>&1
             """
 
@@ -67,12 +64,9 @@ for name, (evaluation, tasks) in evaluation_jobs(config).items():
             out=evaluation_out,
             options=evaluation_options(evaluation, tasks),
             dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
-            include=lambda wildcards, input: (
-                f"--include {input.tasks}" if input.tasks else ""
-            ),
             code=code("m2d.stages.evaluate"),
         shell:
             """
-            m2d evaluate {input.model} {params.out} {params.options} {params.include} \
+            m2d evaluate {input.model} {params.out} {params.options} \
                 --dtype {params.dtype} >{log} 2>&1
             """
