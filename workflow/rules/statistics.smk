@@ -4,10 +4,13 @@
 #
 # With `--cache` and SNAKEMAKE_OUTPUT_CACHE set, other folders and users share what one has computed:
 # equal are the code, the options, the tokens and the teacher's files, whatever the environment.
-# Hence the two have no benchmark: Snakemake allows none where a result may come from the cache.
+# Snakemake allows no benchmark where a result may come from the cache; scripts/timed.py writes it.
 #
 # A teacher with `shares: N` has N jobs take a share of the sequences each, for both kinds, and one
 # more add them up: bit for bit what one job would compute.
+
+# No parameter, since it may lie elsewhere where the same is computed.
+TIMED = script("timed.py")
 
 
 rule compute_statistics:
@@ -35,7 +38,9 @@ rule compute_statistics:
         code=code("m2d.stages.stats"),
     shell:
         """
-        m2d stats {params.model} {output} --calibration {input.calibration} {params.options} 2>{log}
+        python {TIMED} {config[results]}/benchmarks/compute_statistics/{wildcards.teacher}.tsv \
+            m2d stats {params.model} {output} --calibration {input.calibration} \
+            {params.options} 2>{log}
         """
 
 
@@ -64,7 +69,9 @@ rule compute_gram:
         code=code("m2d.stages.gram"),
     shell:
         """
-        m2d gram {params.model} {output} --calibration {input.calibration} {params.options} 2>{log}
+        python {TIMED} {config[results]}/benchmarks/compute_gram/{wildcards.teacher}.tsv \
+            m2d gram {params.model} {output} --calibration {input.calibration} \
+            {params.options} 2>{log}
         """
 
 
