@@ -49,7 +49,8 @@ def make_outputs(listing: str, grid: pa.Table) -> int:
                 continue
             output.parent.mkdir(parents=True, exist_ok=True)
             if output.parent.name == "grid":
-                pq.write_table(grid, output)
+                scoring = pa.repeat(output.stem, len(grid))
+                pq.write_table(grid.append_column("scoring", scoring), output)
             else:
                 output.write_text("{}\n")
     return len(jobs)
@@ -61,8 +62,9 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config("config.yaml", "workflow/schemas/config.schema.yaml")
     rows = [
-        {"grouping": grouping, "scaling": "uniform", "keep": 64, "perplexity": 10.0}
+        {"grouping": grouping, "scaling": "uniform", "keep": keep, "perplexity": 10.0}
         for grouping in config["grid"]["groupings"]
+        for keep in (8, 64)
     ]
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "results"

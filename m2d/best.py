@@ -1,42 +1,53 @@
-"""The best configuration of a grid file, for students that are chosen by their perplexity.
+"""The best configuration of grid files, for students that are chosen by their perplexity.
 
 Used by the Snakefile, so nothing here imports torch.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from m2d.errors import UserError
 
+AXES = ("scoring", "grouping", "scaling", "keep")
 
-def best_configuration(grid: str | Path, grouping: str) -> dict[str, Any]:
-    """{"keep", "scaling"} of the row of `grouping` with the lowest perplexity.
 
-    Among equals the one that stands first. Raises UserError where the file has no such row.
+def best_configuration(grids: Iterable[str | Path], **where: str | int) -> dict[str, Any]:
+    """The axes' values of the row with the lowest perplexity, of those with the values `where`.
+
+    Among equals the one that stands first. Raises UserError where no file has such a row.
     """
+    grids = list(grids)
+    rows = [
+        row
+        for grid in grids
+        for row in _rows(grid, _version(grid))
+        if all(row[axis] == value for axis, value in where.items())
+    ]
+    if not rows:
+        wanted = ", ".join(f"{axis} {value}" for axis, value in where.items())
+        names = ", ".join(map(str, grids))
+        raise UserError(f"{names}: no row has {wanted}; run m2d grid with it")
+    best = min(rows, key=lambda row: row["perplexity"])
+    return {axis: best[axis] for axis in AXES}
+
+
+def _version(grid: str | Path) -> int:
+    """The file's time of modification: one that was written again is read again."""
     try:
-        version = Path(grid).stat().st_mtime_ns
+        return Path(grid).stat().st_mtime_ns
     except OSError as error:
         raise UserError(f"{grid}: not readable as a grid ({error})") from None
-    rows = [row for row in _rows(grid, version) if row["grouping"] == grouping]
-    if not rows:
-        raise UserError(f"{grid}: has no row of grouping {grouping}; run m2d grid with it")
-    best = min(rows, key=lambda row: row["perplexity"])
-    return {"keep": best["keep"], "scaling": best["scaling"]}
 
 
 @cache
 def _rows(grid: str | Path, version: int) -> list[dict[str, Any]]:
-    """The rows of a grid; read once, since a workflow asks thousands of times while it plans.
-
-    `version` is the file's time of modification: a file that was written again is read again.
-    """
+    """The rows of a grid; read once, since a workflow asks thousands of times while it plans."""
     import pyarrow
     import pyarrow.parquet as pq
 
-    columns = ["grouping", "scaling", "keep", "perplexity"]
     try:
-        return pq.read_table(grid, columns=columns).to_pylist()
+        return pq.read_table(grid, columns=[*AXES, "perplexity"]).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{grid}: not readable as a grid ({error})") from None

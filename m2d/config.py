@@ -32,6 +32,7 @@ STUDENT_KINDS: dict[str, tuple[set[str], set[str]]] = {
     "random_ffn": ({"baseline"}, set()),
     "random_init": ({"baseline"}, set()),
     "neurons": ({"neurons"}, {"width", "params", "refit", "weighting"}),
+    "chosen": ({"best_of", "keep"}, set()),
     "experts": ({"scoring", "grouping", "scaling", "keep"}, {"refit", "weighting"}),
 }
 
@@ -77,7 +78,9 @@ def check_config(values: Any, schema: str | Path) -> Config:
 
 def student_kind(student: Mapping[str, Any]) -> str:
     """What a student is made of: a key of STUDENT_KINDS."""
-    return str(student.get("baseline") or ("neurons" if "neurons" in student else "experts"))
+    if "baseline" in student:
+        return str(student["baseline"])
+    return "neurons" if "neurons" in student else "chosen" if "best_of" in student else "experts"
 
 
 def _check_students(students: Mapping[str, Any]) -> None:
@@ -124,6 +127,9 @@ def _resolve_methods(config: Config) -> None:
         for kind in ("scoring", "grouping", "scaling"):
             if kind in student:
                 student[kind] = resolved(kind, student[kind], f"students.{name}.{kind}")
+        if "best_of" in student:
+            key = f"students.{name}.best_of"
+            student["best_of"] = resolved_list("scoring", student["best_of"], key)
     for name, pipeline in config["pipelines"].items():
         for key in ("scorings", "students", "distill", "evaluations"):
             pipeline.setdefault(key, [])

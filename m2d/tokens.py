@@ -52,14 +52,15 @@ def read_documents(files: Sequence[str | Path]) -> Iterator[str]:
 
     Of a folder, those of all such files in it and below, in the order of their paths.
     """
-    for file in _files(files):
+    for file in text_files(files):
         try:
             yield from _documents_of(file)
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, OSError) as error:
             raise UserError(f"{file}: no text can be read from it ({error!r})") from None
 
 
-def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
+def text_files(paths: Sequence[str | Path]) -> Iterator[Path]:
+    """The files behind `read_documents`' argument."""
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)

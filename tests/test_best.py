@@ -1,6 +1,8 @@
 """The best configuration of a grid file."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,18 +20,46 @@ def grid(tmp_path: Path) -> Path:
         {"grouping": "round_robin", "scaling": "uniform", "keep": 16, "perplexity": 7.0},
         {"grouping": "weight_cluster", "scaling": "uniform", "keep": 4, "perplexity": 5.0},
     ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "grid.parquet")
-    return tmp_path / "grid.parquet"
+    return write(tmp_path / "acp.parquet", "acp", rows)
+
+
+def write(file: Path, scoring: str, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist([{"scoring": scoring, **row} for row in rows]), file)
+    return file
 
 
 def test_lowest_perplexity_of_the_grouping(grid: Path) -> None:
-    assert best_configuration(grid, "round_robin") == {"keep": 8, "scaling": "proportional"}
-    assert best_configuration(grid, "weight_cluster") == {"keep": 4, "scaling": "uniform"}
+    def best(grouping: str) -> dict[str, Any]:
+        return best_configuration([grid], grouping=grouping)
+
+    assert best("round_robin") == {
+        "scoring": "acp", "grouping": "round_robin", "scaling": "proportional", "keep": 8
+    }  # fmt: skip
+    assert best("weight_cluster") == {
+        "scoring": "acp", "grouping": "weight_cluster", "scaling": "uniform", "keep": 4
+    }  # fmt: skip
+
+
+def test_best_of_several_scorings_at_one_keep(grid: Path, tmp_path: Path) -> None:
+    row = {"grouping": "round_robin", "scaling": "uniform", "keep": 8, "perplexity": 6.0}
+    other = write(tmp_path / "cp.parquet", "cp", [row, {**row, "keep": 4, "perplexity": 5.5}])
+    at = {keep: best_configuration([grid, other], keep=keep) for keep in (4, 8, 16)}
+    assert [at[keep]["scoring"] for keep in (4, 8, 16)] == ["acp", "cp", "acp"]
+    assert at[4]["grouping"] == "weight_cluster"
+
+
+def test_a_grid_that_is_written_again_is_read_again(grid: Path) -> None:
+    row = {"grouping": "round_robin", "scaling": "uniform", "keep": 16, "perplexity": 1.0}
+    assert best_configuration([grid], grouping="round_robin")["keep"] == 8
+    before = grid.stat().st_mtime_ns
+    write(grid, "acp", [row])
+    os.utime(grid, ns=(before + 1, before + 1))
+    assert best_configuration([grid], grouping="round_robin")["keep"] == 16
 
 
 def test_bad_files(grid: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no row of grouping output_cluster"):
-        best_configuration(grid, "output_cluster")
+    with pytest.raises(UserError, match="no row has grouping output_cluster"):
+        best_configuration([grid], grouping="output_cluster")
     (tmp_path / "text.parquet").write_text("text", encoding="utf-8")
     with pytest.raises(UserError, match="not readable as a grid"):
-        best_configuration(tmp_path / "text.parquet", "round_robin")
+        best_configuration([tmp_path / "text.parquet"], grouping="round_robin")

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from m2d.cli import main
-from m2d.distill import watch
+from m2d.distill import data, watch
 from m2d.distill.data import PackedTokens, mixture, pack_tokens, write_packed
 from m2d.distill.trainer import check_head, hidden_states
 from m2d.errors import UserError
@@ -397,6 +397,40 @@ def test_packing_to_disk_is_packing_in_memory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fills 107 sequences of 7 tokens, not 200"):
         write_packed(tmp_path / "many", texts, Letters(), 7, 200, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "tokens.safetensors"]
+
+
+def test_packing_goes_on_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same file as without a kill, no document tokenized twice; other arguments start anew."""
+    monkeypatch.setattr(data, "SECONDS_BETWEEN_POSITIONS", 0.0)
+    monkeypatch.setattr(data, "DOCUMENTS_AT_ONCE", 4)
+    texts = [f"{number} " * (number % 7) for number in range(100)]
+    whole, file = tmp_path / "whole", tmp_path / "tokens"
+    write_packed(whole, texts, Letters(), 7, None, {})
+    seen: list[str] = []
+
+    class Watched(Letters):
+        def __call__(self, batch: list[str], **_: object) -> dict[str, list[list[int]]]:
+            seen.extend(batch)
+            return super().__call__(batch)
+
+    def killed(at: int) -> Iterator[str]:
+        yield from texts[:at]
+        raise KeyboardInterrupt
+
+    for at in (30, 62):
+        with pytest.raises(KeyboardInterrupt):
+            write_packed(file, killed(at), Watched(), 7, None, {}, ("a", 1))
+        assert not file.exists()
+    write_packed(file, texts, Watched(), 7, None, {}, ("a", 1))
+    assert file.read_bytes() == whole.read_bytes()
+    assert seen == texts
+    with pytest.raises(KeyboardInterrupt):
+        write_packed(file, killed(30), Letters(), 7, None, {}, ("a", 1))
+    write_packed(file, texts[50:], Letters(), 7, None, {}, ("b", 1))
+    assert torch.equal(load_file(file)["input_ids"], pack_tokens(texts[50:], Letters(), 7, None))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens", "whole"]
 
 
 def test_mixtures_hold_their_shares_from_the_beginning() -> None:

@@ -133,3 +133,9 @@ def test_unreadable_inputs_are_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["figures", str(tmp_path / "out"), "--gram", str(bad)]) == 2
     assert "gram.safetensors: not Gram statistics" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_meet_go_to_the_next_line() -> None:
+    """Above, below where it meets that, a second line above where it meets both."""
+    assert grid.label_levels([0, 4, 8, 30], [10, 10, 10, 10]) == [0, 1, 2, 0]
+    assert grid.label_levels([0, 10, 16, 20], [10, 10, 10, 10]) == [0, 0, 1, 0]

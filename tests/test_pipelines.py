@@ -112,7 +112,7 @@ def test_a_grid_has_350_configurations() -> None:
 @pytest.mark.parametrize(
     ("teacher", "recipe", "number"),
     [
-        # 35 of the grid's best pairs, and DO-ACP K=8 for the comparison with the base model.
+        # 35 of the grid's best pairs, and the best of all at K=8 to compare with the base model's.
         ("qwen3-30b-a3b", "paper-300m", 36),
         ("qwen3-30b-a3b-base", "paper-300m", 1),
         # DO-ACP K=8, SF K=16 in clusters, and new FFNs; D2D is pruned from the dense model.

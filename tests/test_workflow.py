@@ -272,6 +272,30 @@ def test_best_students_follow_the_grid(project: Path, stub: Path) -> None:
     assert not [job for job in jobs if students[1] in job]
 
 
+def test_a_student_of_several_grids(
+    project: Path, stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scoring, too, is known only once they are measured, in the run that then makes it."""
+    frequency, reap = (
+        project / f"results/tiny/grid/{n}.parquet" for n in ("selection_freq", "gld_reap")
+    )
+    measured = pd.read_parquet(reap)
+    shutil.copyfile(reap, tmp_path / "grid.parquet")
+    monkeypatch.setenv("M2D_STUB_GRID", str(tmp_path / "grid.parquet"))
+    frequency.unlink()
+    told = snakemake(project, "all_top", "--printshellcmds", stub=stub).stdout
+    assert {"measure_grid scoring=selection_freq", "merge_student student=top"} <= set(
+        jobs_of(told)
+    )
+    assert "--ranking results/tiny/rankings/gld_reap.json" in told.partition("m2d merge")[2]
+    assert NOTHING in snakemake(project, "--dry-run", "all_top").stdout
+    better = measured.assign(scoring="selection_freq", perplexity=measured["perplexity"] / 2)
+    better.to_parquet(frequency)
+    told = snakemake(project, "all_top", "--printshellcmds", stub=stub).stdout
+    assert "--ranking results/tiny/rankings/selection_freq.json" in told.partition("m2d merge")[2]
+    assert "distill_student recipe=short student=top" in jobs_of(told)
+
+
 def test_refit_lies_between_merging_and_distilling(project: Path, stub: Path) -> None:
     jobs = jobs_of(snakemake(project, "all_solved", stub=stub).stdout)
     assert {

@@ -53,6 +53,7 @@ CONFIG: dict[str, Any] = {
             "refit": "layer",
         },
         "neurons": {"neurons": "greedy", "width": 24, "refit": "layer"},
+        "top": {"best_of": ["SF", "DO-ACP"], "keep": 2},
     },
     "recipes": {
         "short": {
@@ -88,6 +89,10 @@ CONFIG: dict[str, Any] = {
             "students": ["solved", "neurons"],
             "distill": [{"student": "solved", "recipe": "short"}],
         },
+        "all_top": {
+            "teachers": ["tiny"],
+            "distill": [{"student": "top", "recipe": "short"}],
+        },
         "all_best": {"teachers": ["tiny"], "scorings": ["DO-ACP"], "best": "short"},
         "all_wide": {
             "teachers": ["tiny"],
@@ -106,6 +111,7 @@ STUB = """#!/bin/sh
 test -z "$M2D_STUB_SLEEP" || sleep "$M2D_STUB_SLEEP"
 case $1 in
     rank) exec "{m2d}" "$@" ;;
+    grid) if test -f "$M2D_STUB_GRID"; then cp "$M2D_STUB_GRID" "$3"; else echo "{{}}" > "$3"; fi ;;
     merge) mkdir "$3"; echo "{{}}" > "$3/m2d.json" ;;
     distill | refit) mkdir "$4"; echo "{{}}" > "$4/m2d.json" ;;
     perplexity) echo "{{}}" > "$6" ;;

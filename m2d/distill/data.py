@@ -7,6 +7,9 @@ documents follow one another, each closed by the end-of-sequence token, and are 
 
 import itertools
 import json
+import os
+import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +19,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from m2d.artifacts import atomic_path
+from m2d.artifacts import flush_to_disk, fsync, read_json, write_json
 from m2d.errors import UserError
-from m2d.progress import progress
+from m2d.progress import progress, say
 
 # Documents that go to the tokenizer at once, so that a fast tokenizer can use its threads.
 DOCUMENTS_AT_ONCE = 256
+SECONDS_BETWEEN_POSITIONS = 60.0
 
 
-def iterate_packed(documents: Iterable[str], tokenizer: Any, length: int) -> Iterator[np.ndarray]:
-    """Yield int64 [length] sequences of the packed documents; the unfilled last one is dropped.
+def packed_batches(
+    documents: Iterable[str], tokenizer: Any, length: int, rest: Sequence[int] = ()
+) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+    """Yield, for a batch of documents at a time, what they fill, how many they are, what is over.
 
-    No special token is added but the end-of-sequence token after each document. Only a batch of
-    documents is held at a time, so that the documents may be a stream.
+    That is int64 [sequences, length], a number, and int64 [fewer than length], which the next batch
+    goes on from, as the first does from `rest`. No special token is added but the end-of-sequence
+    token after each document; the unfilled last sequence is dropped.
 
     Raises:
         UserError: the tokenizer has no end-of-sequence token.
@@ -37,16 +44,16 @@ def iterate_packed(documents: Iterable[str], tokenizer: Any, length: int) -> Ite
         raise UserError(
             "the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
         )
-    rest = np.empty(0, np.int64)
+    over = np.asarray(rest, np.int64)
     documents = iter(documents)
     while batch := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
         # verbose=False: a document longer than the model's context is no mistake here.
         rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
         parts = [np.asarray([*row, tokenizer.eos_token_id], np.int64) for row in rows]
-        rest = np.concatenate([rest, *parts])
-        whole = len(rest) // length
-        yield from rest[: whole * length].reshape(whole, length)
-        rest = rest[whole * length :]
+        over = np.concatenate([over, *parts])
+        whole = len(over) // length
+        filled, over = over[: whole * length].reshape(whole, length), over[whole * length :]
+        yield filled, len(batch), over
 
 
 def pack_tokens(
@@ -63,7 +70,8 @@ def pack_tokens(
     Raises:
         UserError: too little text for `sequences` (or for one), or no end-of-sequence token.
     """
-    rows = list(itertools.islice(iterate_packed(documents, tokenizer, length), sequences))
+    batches = packed_batches(documents, tokenizer, length)
+    rows = list(itertools.islice((row for filled, *_ in batches for row in filled), sequences))
     require_filled(len(rows), length, sequences)
     return torch.from_numpy(np.stack(rows))
 
@@ -75,27 +83,70 @@ def write_packed(
     length: int,
     sequences: int | None,
     metadata: dict[str, str],
+    identity: object = None,
 ) -> int:
     """Pack documents straight into a token file, of any size; returns its sequences.
 
     As `pack_tokens`, but only a batch of documents is in memory at a time. The file appears when it
     is complete. `metadata` is added to its sequences and length.
 
+    Called again after it was killed, it goes on from where it was up to a minute before: documents
+    that it had read are read over without being tokenized. So they must be the same ones; that they
+    are is told by `identity`, any JSON value, which is compared.
+
     Raises:
         UserError: as `pack_tokens`.
     """
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        # The header comes first and has the number of rows: room is kept for it, and filled later.
-        room = len(packed_header(2**40, length, metadata))
-        file.write(b" " * room)
-        rows = 0
-        packed = itertools.islice(iterate_packed(documents, tokenizer, length), sequences)
-        for row in progress(packed, "tokens, sequences", total=sequences):
-            file.write(row.astype("<i8").tobytes())
+    path = Path(path)
+    work = path.with_name(f".{path.name}.packing")
+    file, position = work / path.name, work / "position.json"
+    request = {"metadata": metadata, "sequences": sequences, "length": length, "of": identity}
+    start: dict[str, Any] = {"documents": 0, "rows": 0, "rest": [], "request": request}
+    if position.is_file():
+        found = read_json(position)
+        # Through JSON, since a tuple that is written comes back as a list.
+        if found["request"] == json.loads(json.dumps(request)):
+            start = found
+            say(f"{path}: going on after {start['rows']} sequences")
+    work.mkdir(parents=True, exist_ok=True)
+    # The header comes first and has the number of rows: room is kept for it, and filled later.
+    room = len(packed_header(2**40, length, metadata))
+    with file.open("r+b" if start["rows"] else "wb") as out:
+        rows = start["rows"]
+        out.truncate(room + rows * length * 8)
+        out.seek(0 if rows == 0 else room + rows * length * 8)
+        if rows == 0:
+            out.write(b" " * room)
+
+        def rows_of_batches() -> Iterator[np.ndarray]:
+            read, last = start["documents"], time.monotonic()
+            rest = itertools.islice(documents, read, None)
+            for filled, number, over in packed_batches(rest, tokenizer, length, start["rest"]):
+                yield from filled
+                read += number
+                if time.monotonic() - last >= SECONDS_BETWEEN_POSITIONS:
+                    last = time.monotonic()
+                    out.flush()
+                    os.fsync(out.fileno())
+                    place = {"documents": read, "rows": rows, "rest": over.tolist()}
+                    write_json(position, {**place, "request": request})
+
+        left = None if sequences is None else sequences - rows
+        packed = itertools.islice(rows_of_batches(), left)
+        for row in progress(packed, "tokens, sequences", total=left):
+            out.write(row.astype("<i8").tobytes())
             rows += 1
-        require_filled(rows, length, sequences)
-        file.seek(0)
-        file.write(packed_header(rows, length, metadata, room))
+        try:
+            require_filled(rows, length, sequences)
+        except UserError:
+            shutil.rmtree(work)
+            raise
+        out.seek(0)
+        out.write(packed_header(rows, length, metadata, room))
+    flush_to_disk(file)
+    file.rename(path)
+    fsync(path.parent)
+    shutil.rmtree(work)
     return rows
 
 

@@ -1,5 +1,7 @@
 """Figures of the grid: every configuration, the best of each scoring, the effect of each axis."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
@@ -162,7 +164,7 @@ def best_per_scoring(grid: pd.DataFrame) -> Figure:
 
 def axis_effects(grid: pd.DataFrame, effects: pd.DataFrame) -> Figure:
     """How much each axis matters: its share of variance, and its values' mean perplexities."""
-    figure, (left, right) = new_figure(1, 2, height=3.3, width=7.8, width_ratios=[1, 1.7])
+    figure, (left, right) = new_figure(1, 2, height=4.0, width=7.8, width_ratios=[1, 1.7])
     effects = effects.sort_values("share_of_variance", ignore_index=True)
     shares = 100 * effects["share_of_variance"].to_numpy(dtype=float)
     left.barh(range(len(effects)), shares, color=COLOURS[0], height=0.6)
@@ -175,22 +177,12 @@ def axis_effects(grid: pd.DataFrame, effects: pd.DataFrame) -> Figure:
     left.set_xlabel("% of the variance of log-perplexity")
     left.set_title("Explained by each axis alone")
     logs = np.log(grid["perplexity"])
-    for place, axis in enumerate(effects["axis"]):
-        means = np.exp(logs.groupby(grid[axis].to_numpy()).mean()).sort_values()
+    rows = [
+        np.exp(logs.groupby(grid[axis].to_numpy()).mean()).sort_values() for axis in effects["axis"]
+    ]
+    for place, means in enumerate(rows):
         right.plot([means.min(), means.max()], [place, place], color=FAINT, linewidth=5, zorder=1)
         right.plot(means, [place] * len(means), "o", color=COLOURS[0], zorder=2)
-        for number, (value, mean) in enumerate(means.items()):
-            # Labels alternate above and below, so that close values do not overprint.
-            above = number % 2 == 0
-            right.annotate(
-                term_of(axis, value),
-                (mean, place),
-                xytext=(0, 7 if above else -7),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if above else "top",
-                fontsize=7,
-            )
     right.set_yticks(range(len(effects)), names, fontweight="bold")
     right.set_ylim(-0.6, len(effects) - 0.4)
     right.grid(axis="y", visible=False)
@@ -198,4 +190,35 @@ def axis_effects(grid: pd.DataFrame, effects: pd.DataFrame) -> Figure:
     right.set_title("Mean of each value")
     right.margins(x=0.08)
     plain_log(right, "x")
+    figure.draw_without_rendering()  # lays the axes out: where labels meet depends on their width
+    for place, (axis, means) in enumerate(zip(effects["axis"], rows, strict=True)):
+        labels = [term_of(axis, value) for value in means.index]
+        pixels = right.transData.transform(np.c_[means, np.zeros(len(means))])[:, 0]
+        levels = label_levels(list(pixels * 72 / figure.dpi), [5.0 * len(text) for text in labels])
+        for mean, text, level in zip(means, labels, levels, strict=True):
+            above, lines = level % 2 == 0, level // 2
+            right.annotate(
+                text,
+                (mean, place),
+                xytext=(0, (7 + 9 * lines) * (1 if above else -1)),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if above else "top",
+                fontsize=7,
+            )
     return figure
+
+
+def label_levels(centres: Sequence[float], widths: Sequence[float]) -> list[int]:
+    """Lines for labels of points on a row, ascending: 0 above it, 1 below, 2 above that of 0, ...
+
+    Each the nearest line where it does not meet the label before it.
+    """
+    ends: list[float] = []
+    levels = []
+    for centre, width in zip(centres, widths, strict=True):
+        start = centre - width / 2
+        level = next((i for i, end in enumerate(ends) if start >= end), len(ends))
+        ends[level : level + 1] = [start + width]
+        levels.append(level)
+    return levels

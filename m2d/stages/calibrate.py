@@ -1,7 +1,8 @@
 """Calibration tokens: text to packed `input_ids`, int64 [sequences, length].
 
 The same command makes test and distillation tokens; only the text differs. Text is read as a
-stream, so the file may be larger than memory; it appears when it is complete.
+stream, so the file may be larger than memory; it appears when it is complete. A killed run goes on
+where it was when it is started again with the same arguments.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from m2d.errors import UserError
 from m2d.models.teacher import locate
 from m2d.options import positive
 from m2d.progress import say
-from m2d.tokens import SUFFIXES, read_documents
+from m2d.tokens import SUFFIXES, read_documents, text_files
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -105,7 +106,15 @@ def mixed_documents(parts: Sequence[tuple[str, str]]) -> Iterable[str]:
     return mixture(sources)
 
 
+def files_behind(sources: Iterable[str | Path]) -> list[list[Any]]:
+    """Path, size and time of every text file of these sources: whether they are the same."""
+    files = [file for source in sources if Path(source).exists() for file in text_files([source])]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def main(args: argparse.Namespace) -> None:
+    sources = [source for _, source in args.mix or ()] or args.text or [args.dataset]
+    identity = [str(args.teacher), *map(str, sources), *files_behind(sources)]
     if args.mix:
         documents = mixed_documents(args.mix)
         source = " + ".join(f"{weight} {name}" for weight, name in args.mix)
@@ -116,5 +125,7 @@ def main(args: argparse.Namespace) -> None:
         documents, source = dataset_documents(args.dataset), args.dataset
     notes = {"tokenizer": Path(args.teacher).name, "source": source}
     tokenizer = load_tokenizer(args.teacher)
-    rows = write_packed(args.out, documents, tokenizer, args.length, args.sequences, notes)
+    rows = write_packed(
+        args.out, documents, tokenizer, args.length, args.sequences, notes, identity
+    )
     say(f"{args.out}: {rows} sequences of {args.length} tokens from {source}")

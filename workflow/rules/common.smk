@@ -179,50 +179,69 @@ def share_files(wildcards):
 # ---- rank.smk, merge.smk
 
 
-def student_of(wildcards):
-    """A student's settings: the config's, or for best-SCORING-GROUPING, what its grid says is best.
+def from_grids(name):
+    """(scorings, what is given): of whose grids a student is the best, among the rows with that.
 
-    Before the grid exists, keep and scaling are missing.
+    None for a student that no grid chooses.
     """
-    if wildcards.student in config["students"]:
+    if name not in config["students"]:
+        _, scoring, grouping = name.split("-")
+        return [scoring], {"grouping": grouping}
+    student = config["students"][name]
+    if student_kind(student) == "chosen":
+        return student["best_of"], {"keep": student["keep"]}
+    return None
+
+
+def student_of(wildcards):
+    """A student's settings: the config's, or what the grids say is best.
+
+    Before the grids exist, what they will choose is empty.
+    """
+    choice = from_grids(wildcards.student)
+    if choice is None:
         return config["students"][wildcards.student]
-    _, scoring, grouping = wildcards.student.split("-")
-    grid = Path(f"{config['results']}/{wildcards.teacher}/grid/{scoring}.parquet")
-    chosen = (
-        best_configuration(grid, grouping)
-        if grid.is_file()
-        else {"keep": 0, "scaling": ""}
-    )
-    return {"scoring": scoring, "grouping": grouping, **chosen}
+    scorings, given = choice
+    grids = grids_in(config["results"], wildcards.teacher, scorings)
+    if all(Path(grid).is_file() for grid in grids):
+        return best_configuration(grids, **given)
+    scoring = scorings[0] if len(scorings) == 1 else ""
+    return {"scoring": scoring, "grouping": "", "scaling": "", "keep": 0, **given}
 
 
-def scoring_of(wildcards):
-    return wildcards.get("scoring") or student_of(wildcards)["scoring"]
+def grids_in(results, teacher, scorings):
+    return [f"{results}/{teacher}/grid/{scoring}.parquet" for scoring in scorings]
+
+
+def rankings_in(results, wildcards):
+    """The ranking that a grid or a student is made from; before it is chosen, all it may be."""
+    scoring = wildcards.get("scoring") or student_of(wildcards)["scoring"]
+    scorings = [scoring] if scoring else from_grids(wildcards.student)[0]
+    return [f"{results}/{wildcards.teacher}/rankings/{name}.json" for name in scorings]
 
 
 def ranking_of(wildcards):
-    """The ranking that a grid or a student is made from, never a reason to re-run by its age."""
-    return ancient(
-        f"<results>/{wildcards.teacher}/rankings/{scoring_of(wildcards)}.json"
-    )
+    """That ranking, never a reason to re-run by its age."""
+    return ancient(rankings_in("<results>", wildcards))
 
 
 def ranking_digest(wildcards):
     """Digest of that ranking's content, empty before it exists."""
-    path = Path(
-        f"{config['results']}/{wildcards.teacher}/rankings/{scoring_of(wildcards)}.json"
-    )
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+    files = [Path(file) for file in rankings_in(config["results"], wildcards)]
+    if len(files) > 1 or not files[0].is_file():
+        return ""
+    return hashlib.sha256(files[0].read_bytes()).hexdigest()[:16]
 
 
 def choice_of(wildcards):
-    """What a student's making was decided from: its ranking, and its grid where that chose it."""
+    """What a student's making was decided from: its ranking, and the grids where those chose it."""
     if student_kind(student_of(wildcards)) != "experts":
         return []
-    files = [f"<results>/{wildcards.teacher}/rankings/{scoring_of(wildcards)}.json"]
-    if wildcards.student not in config["students"]:
-        files += [f"<results>/{wildcards.teacher}/grid/{scoring_of(wildcards)}.parquet"]
-    return ancient(files)
+    scorings, _ = from_grids(wildcards.student) or ([], {})
+    return ancient(
+        rankings_in("<results>", wildcards)
+        + grids_in("<results>", wildcards.teacher, scorings)
+    )
 
 
 def merge_settings(wildcards):

@@ -1,5 +1,5 @@
 # Students: the kept experts merged into one dense FFN per layer.
-# in:  a teacher, its statistics, one ranking; the grid of that ranking for best-SCORING-GROUPING
+# in:  a teacher, its statistics, one ranking; the grids that choose the student, where some do
 # out: <results>/{teacher}/students/{student}/merged/ (a stock model folder; how many files its
 #      weights take is known to the stage alone, hence a directory)
 
@@ -19,7 +19,7 @@ rule merge_student:
     benchmark:
         "<benchmarks>/merge_student/{teacher}/{student}.tsv"
     wildcard_constraints:
-        student=f"{students_of_kind('experts')}|{BEST}",
+        student=f"{students_of_kind('experts', 'chosen')}|{BEST}",
     conda:
         "../envs/m2d.yaml"
     threads: 1

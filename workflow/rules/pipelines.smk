@@ -111,6 +111,7 @@ def rankings_of(pipeline):
     scorings = {
         *settings["scorings"],
         *(config["students"][s].get("scoring") for s in named),
+        *(name for s in named for name in config["students"][s].get("best_of", [])),
     }
     return ancient(
         expand(
