@@ -3,7 +3,7 @@
 Both versions run forward and backward on the same tensors, each in a process of its own, so that
 the peak of one cannot hide in the other's; the runs alternate and each version's best time counts,
 so that a busy machine does not decide. Memory is the peak of the process above what the inputs
-themselves take. Prints one JSON line.
+themselves take.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import report
 from torch import Tensor
 
 from m2d.distill.loss import Head, distillation_loss
@@ -99,23 +100,24 @@ def main() -> None:
         process.wait()
     best = {name: min(run["cpu_seconds"] for run in results) for name, results in runs.items()}
     peak = {name: max(run["bytes"] for run in results) for name, results in runs.items()}
-    print(
-        json.dumps(
-            {
-                "benchmark": "loss_memory",
-                "memory_ratio": round(peak["chunked"] / peak["full"], 3),
-                "time_ratio": round(best["chunked"] / best["full"], 3),
-                "megabytes": {name: round(value / 1e6) for name, value in peak.items()},
-                "cpu_seconds": {name: round(value, 2) for name, value in best.items()},
-                "loss": {name: results[0]["loss"] for name, results in runs.items()},
-                "tokens": args.tokens,
-                "hidden": args.hidden,
-                "vocabulary": args.vocabulary,
-                "how": "bf16 products, float32 softmax, 1 thread; CPU time of forward and "
-                f"backward, best of {args.repeats} alternating runs; peak resident memory above "
-                "the inputs, a process each",
-            }
-        )
+    how = (
+        f"{args.tokens} tokens, hidden size {args.hidden}, vocabulary {args.vocabulary}; bf16 "
+        "products, float32 softmax, 1 thread; "
+    )
+    report(
+        "chunked loss / full logits, memory",
+        peak["chunked"] / peak["full"],
+        "<= 0.33",
+        how + "peak resident memory above the inputs, a process each",
+        megabytes={name: round(value / 1e6) for name, value in peak.items()},
+        loss={name: results[0]["loss"] for name, results in runs.items()},
+    )
+    report(
+        "chunked loss / full logits, time",
+        best["chunked"] / best["full"],
+        "<= 1.1",
+        how + f"CPU time of forward and backward, best of {args.repeats} alternating runs",
+        cpu_seconds={name: round(value, 2) for name, value in best.items()},
     )
 
 

@@ -1,5 +1,7 @@
-"""How much memory is free."""
+"""How much memory is free, and giving back what is not needed."""
 
+import contextlib
+import ctypes
 from pathlib import Path
 
 import torch
@@ -13,3 +15,12 @@ def free_memory(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/meminfo has no MemAvailable")
+
+
+def release_freed_memory() -> None:
+    """Hand the memory that the C library keeps for later back to the kernel (glibc's; else none).
+
+    Tensors below its threshold lie among others in its heaps, which otherwise grow with each layer.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -374,10 +374,14 @@ def test_a_task_added_to_an_evaluation_is_scored_alone(project: Path, run: Calla
     assert {file.stem for file in kept.iterdir()} == {"demo_continuation", "demo_package"}
 
 
-def test_edited_published_figures_remake_the_tables(project: Path, run: Callable) -> None:
-    file = project / "m2d/data/published_results.csv"
-    file.write_text(file.read_text(encoding="utf-8").replace("63.1", "63.2"), encoding="utf-8")
-    assert run() == ["make_tables pipeline=all_wide"]
+def test_edited_published_figures_and_cards_remake_those_alone(
+    project: Path, run: Callable
+) -> None:
+    edits = {"data/published_results.csv": ("63.1", "63.2"), "model_card.py": ("How", "Just how")}
+    for name, (before, after) in edits.items():
+        file = project / "m2d" / name
+        file.write_text(file.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
+    assert run() == ["make_tables pipeline=all_wide", "write_cards pipeline=all_wide"]
 
 
 def test_evaluation_settings_reach_the_command(project: Path) -> None:

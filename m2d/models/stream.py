@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from m2d.errors import UserError
+from m2d.memory import release_freed_memory
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.experts import GLU, Glu, StackedExperts, read_stacked
 from m2d.models.families import expert_pattern
@@ -136,6 +137,7 @@ class StreamedTeacher:
                     output = layer(hidden[i], **calls[len(ids)][index])
                     hidden[i] = output[0] if isinstance(output, tuple) else output
                 _drop(layer)
+                release_freed_memory()
         return hidden
 
     def _observe(self, layer: nn.Module, index: int, visit: Visitor | None) -> None:

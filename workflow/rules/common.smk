@@ -376,7 +376,6 @@ def evaluation_options(evaluation, tasks):
 # ---- tables.smk
 
 
-def published_digest():
-    """Of the published figures, which stand beside ours in the tables."""
-    file = PACKAGE / "data" / "published_results.csv"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+def package_file(name):
+    """Digest of a file of the package that a job reads, or whose wording it writes."""
+    return hashlib.sha256((PACKAGE / name).read_bytes()).hexdigest()[:16]

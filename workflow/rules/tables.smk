@@ -35,7 +35,7 @@ rule make_tables:
             f"{model}/m2d.json" for model in input.models
         ],
         benchmarks=f"{config['results']}/benchmarks",
-        published=published_digest(),
+        published=package_file("data/published_results.csv"),
         code=code("m2d.stages.tables"),
     shell:
         """
@@ -113,6 +113,7 @@ rule write_cards:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=lambda wildcards, attempt: 10 * attempt,
     params:
+        wording=package_file("model_card.py"),
         code=code("m2d.stages.card"),
     shell:
         """
