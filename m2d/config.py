@@ -24,6 +24,13 @@ RESERVED = {
     "teachers": {"corpus", "tasks", "tables", "figures", "cards", "benchmarks", "logs"},
     "recipes": {"merged", "refit"},
 }
+# What a recipe with stored teacher outputs may say of its loss, all of it the default.
+STORED_GOES_WITH = {
+    "loss": "forward_kl",
+    "loss_implementation": "chunked",
+    "temperature": 1.0,
+    "cross_entropy_weight": 0,
+}
 # Sizes of a student by structured pruning.
 SHAPE = ("layers", "hidden_size", "heads", "kv_heads", "intermediate_size")
 # What a student is made of -> the keys that it must have, and those that it may.
@@ -151,6 +158,23 @@ def evaluation_jobs(config: Mapping[str, Any]) -> dict[str, tuple[str, list[str]
     return jobs
 
 
+def outputs_name(recipe: Mapping[str, Any]) -> str:
+    """The name of a recipe's stored teacher outputs: top-64, sampled-32-top-k-16-float32."""
+    settings = recipe["teacher_outputs"]
+    parts = [settings["kind"], str(settings["size"])]
+    parts += ["top-k", str(recipe["teacher_top_k"])] if "teacher_top_k" in recipe else []
+    return "-".join([*parts, *([recipe["teacher_dtype"]] if "teacher_dtype" in recipe else [])])
+
+
+def recipe_with_outputs(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A recipe whose stored teacher outputs have this name."""
+    return next(
+        recipe
+        for recipe in config["recipes"].values()
+        if "teacher_outputs" in recipe and outputs_name(recipe) == name
+    )
+
+
 def _check_names(config: Config) -> None:
     """Every name that is used is defined, and none is taken twice."""
 
@@ -240,6 +264,12 @@ def _check_sizes(config: Config) -> None:
                 f"{key}.min_learning_rate: {recipe['min_learning_rate']} is more than "
                 f"learning_rate = {peak}"
             )
+        if "teacher_outputs" in recipe:
+            for other, allowed in STORED_GOES_WITH.items():
+                if recipe.get(other, allowed) != allowed:
+                    raise UserError(
+                        f"{key}.{other}: {recipe[other]}, but with teacher_outputs it is {allowed}"
+                    )
         at_once = recipe.get("device_batch", 1) * max(recipe.get("gpus", 1), 1)
         if recipe.get("batch", at_once) % at_once:
             raise UserError(

@@ -69,6 +69,9 @@ def test_paper_scale(original: dict[str, Any]) -> None:
          "linear? allowed: linear, cosine, 1-sqrt"),
         ("recipes.demo.warmup_steps", 79, "recipes.demo.steps: 80 is less than"),
         ("recipes.demo.min_learning_rate", 1, "recipes.demo.min_learning_rate: 1 is more than"),
+        ("recipes.paper-300m-stored.loss", "reverse_kl", "recipes.paper-300m-stored.loss: "
+         "reverse_kl, but with teacher_outputs it is forward_kl"),
+        ("recipes.paper-300m-stored.teacher_outputs.kind", "best", "kind: unknown value 'best'"),
         ("recipes.paper-4b.gpus", 7, "paper-4b.batch: 384 is not a multiple of device_batch times"),
         ("students.do-acp-k4.scoring", "DO-APC", "students.do-acp-k4.scoring: unknown scoring "
          "'DO-APC'; did you mean gld_reap?"),

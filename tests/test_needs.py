@@ -17,6 +17,7 @@ from m2d.cost.needs import (
     gram,
     grid,
     merge,
+    outputs,
     perplexity_of_student,
     read_sizes,
     statistics,
@@ -155,6 +156,19 @@ def test_distillation_by_hand() -> None:
     assert need.gpu_memory - again.gpu_memory == 2 * 10 * (2 * layer - (2 * 2 * 5 + layer))
     expanded = distillation(SMALL, 2, {**recipe, "teacher_top_k": 4}, 10, Hardware())
     assert expanded.flops - need.flops == 2 * (2 * 2 * 100) * 240
+
+
+def test_stored_outputs_take_the_teacher_out_of_distillation() -> None:
+    recipe = {"steps": 3, "batch": 8, "device_batch": 2, "learning_rate": 1e-4}
+    stored = {**recipe, "teacher_outputs": {"kind": "top", "size": 7, "parts": 2}}
+    live, student = (distillation(SMALL, 2, r, 10, Hardware()) for r in (recipe, stored))
+    assert live.flops - student.flops == 2 * 600 * 240
+    assert live.gpu_memory - student.gpu_memory == 1000 * 2
+    need = outputs({**SMALL, "vocab_size": 2**16}, 2, stored, 120, Hardware())
+    assert need.flops == 2 * 600 * 120
+    assert need.write == 120 * 7 * (2 + 2)
+    large = outputs({**SMALL, "vocab_size": 2**16 + 1}, 2, stored, 120, Hardware())
+    assert large.write == 120 * 7 * (2 + 4)
 
 
 def test_distillation_takes_gpus_until_it_fits_and_is_done() -> None:

@@ -296,6 +296,29 @@ def test_a_student_of_several_grids(
     assert "distill_student recipe=short student=top" in jobs_of(told)
 
 
+def test_teacher_outputs_are_stored_once_for_all_students(finished: Path, tmp_path: Path) -> None:
+    """By the real stages: two jobs share them, and an edited recipe leaves them as they are."""
+    folder = Path(shutil.copytree(finished, tmp_path / "p"))
+    jobs = jobs_of(snakemake(folder, "all_stored").stdout)
+    store = [f"store_outputs outputs=top-8 part={part} parts=2" for part in (1, 2)]
+    distill = [f"distill_student recipe=stored student={name}" for name in ("do-acp", "sf")]
+    assert {*store, *distill, "clear_outputs outputs=top-8"} <= set(jobs)
+    for name in ("do-acp", "sf"):
+        record = folder / f"results/tiny/students/{name}/stored/m2d.json"
+        assert json.loads(record.read_text())["distillation"]["teacher_outputs"]["size"] == 8
+    assert NOTHING in snakemake(folder, "--dry-run", "all_stored").stdout
+    change_config(folder, "recipes", "stored", learning_rate=0.002)
+    jobs = jobs_of(snakemake(folder, "--dry-run", "all_stored").stdout)
+    assert set(distill) <= set(jobs)
+    assert not [job for job in jobs if "outputs=" in job]
+    # Other tokens: what is there is cleared away first, which the stage itself would refuse.
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config["teachers"]["tiny"]["tokens"]["distillation"]["sequences"] = 12
+    write_config(folder, config)
+    jobs = jobs_of(snakemake(folder, "all_stored").stdout)
+    assert {*store, *distill, "clear_outputs outputs=top-8"} <= set(jobs)
+
+
 def test_refit_lies_between_merging_and_distilling(project: Path, stub: Path) -> None:
     jobs = jobs_of(snakemake(project, "all_solved", stub=stub).stdout)
     assert {

@@ -93,6 +93,13 @@ CONFIG: dict[str, Any] = {
             "teachers": ["tiny"],
             "distill": [{"student": "top", "recipe": "short"}],
         },
+        "all_stored": {
+            "teachers": ["tiny"],
+            "distill": [
+                {"student": "do-acp", "recipe": "stored"},
+                {"student": "sf", "recipe": "stored"},
+            ],
+        },
         "all_best": {"teachers": ["tiny"], "scorings": ["DO-ACP"], "best": "short"},
         "all_wide": {
             "teachers": ["tiny"],
@@ -106,6 +113,10 @@ CONFIG: dict[str, Any] = {
         },
     },
 }
+CONFIG["recipes"]["stored"] = {
+    **CONFIG["recipes"]["short"],
+    "teacher_outputs": {"kind": "top", "size": 8, "parts": 2},
+}
 # Stands in for every stage but ranking, where a test is about which jobs run.
 STUB = """#!/bin/sh
 test -z "$M2D_STUB_SLEEP" || sleep "$M2D_STUB_SLEEP"
@@ -117,6 +128,7 @@ case $1 in
     perplexity) echo "{{}}" > "$6" ;;
     tables | figures) mkdir "$2" ;;
     card) mkdir "$3" ;;
+    outputs) ;;
     *) echo "{{}}" > "$3" ;;
 esac
 """

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from m2d.config import evaluation_jobs, student_kind
+from m2d.config import evaluation_jobs, recipe_with_outputs, student_kind
 from m2d.cost.needs import (
     BYTES,
     Hardware,
@@ -15,6 +15,7 @@ from m2d.cost.needs import (
     gram,
     grid,
     merge,
+    outputs,
     perplexity_of_student,
     perplexity_of_teacher,
     read_sizes,
@@ -74,6 +75,10 @@ def need_of(config: Mapping[str, Any], rule: str, names: Names) -> Need | None:
     if rule == "evaluate_teacher":
         total, active = sizes["teacher_parameters"], sizes["active_parameters"]
         return evaluation(total, active, item, scored_tokens(config, names), hardware)
+    if rule == "store_outputs":
+        recipe = recipe_with_outputs(config, names["outputs"])
+        part = ceil(amount("distillation") / int(names["parts"]))
+        return outputs(sizes, item, recipe, part, hardware)
     if rule == "measure_neurons":
         return gram(sizes, item, amount("calibration"))
     if rule == "prune_student":

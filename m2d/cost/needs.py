@@ -13,7 +13,7 @@ small beside these, and `utilization` is measured without them too.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -213,29 +213,47 @@ def evaluation(parameters: int, active: int, item: int, tokens: float, hardware:
     )
 
 
+def active_parameters(sizes: Sizes, recipe: Mapping[str, Any]) -> int:
+    """A, with as many experts as a recipe's `teacher_top_k` has a token pass."""
+    active = int(sizes["active_parameters"])
+    if "teacher_top_k" in recipe:
+        extra = recipe["teacher_top_k"] - sizes["top_k"]
+        active += extra * sizes["expert_parameters"] * sizes["num_moe_layers"]
+    return active
+
+
+def outputs(
+    sizes: Sizes, item: int, recipe: Mapping[str, Any], tokens: float, hardware: Hardware
+) -> Need:
+    """Teacher outputs, 2 A T, the model whole; n numbers of 2 bytes and n ids of 2 or 4 a token."""
+    active, whole = active_parameters(sizes, recipe), sizes["teacher_parameters"]
+    need = evaluation(whole, active, item, tokens, hardware)
+    number = 2 + (2 if sizes["vocab_size"] <= 2**16 else 4)
+    return replace(need, write=tokens * recipe["teacher_outputs"]["size"] * number)
+
+
 def distillation(
     sizes: Sizes, item: int, recipe: Mapping[str, Any], length: int, hardware: Hardware
 ) -> Need:
     """Teacher forward 2 A, student forward and backward 6 S (8 S where activations are recomputed).
 
-    Every GPU holds the teacher; ZeRO-2 shards the student's gradients, float32 weights and Adam's
-    two moments: P b + 2 S + 16 S / GPUs. Activations: 24 H + 8 W bytes per token and layer, or 2 H
-    and one layer's where they are recomputed. Checkpoints: two of 14 S bytes.
+    Every GPU holds the teacher; where its outputs are stored, A and P are 0. ZeRO-2 shards the
+    student's gradients, float32 weights and Adam's two moments: P b + 2 S + 16 S / GPUs.
+    Activations: 24 H + 8 W bytes per token and layer, or 2 H and one layer's where they are
+    recomputed. Checkpoints: two of 14 S bytes.
 
     GPUs: the recipe's, else the fewest that hold it and are done within `hardware.hours`.
     """
     student, layers = sizes["student_parameters"], sizes["num_layers"]
     hidden, width = sizes["hidden_size"], sizes["students"][0]["intermediate_size"]
     device_batch = recipe.get("device_batch", 1)
-    active = sizes["active_parameters"]
-    if "teacher_top_k" in recipe:
-        extra = recipe["teacher_top_k"] - sizes["top_k"]
-        active += extra * sizes["expert_parameters"] * sizes["num_moe_layers"]
+    stored = "teacher_outputs" in recipe
+    active = 0 if stored else active_parameters(sizes, recipe)
     again = recipe.get("gradient_checkpointing", False)
     tokens = recipe["steps"] * recipe.get("batch", device_batch) * length
     layer = 24 * hidden + 8 * width
     activations = device_batch * length * (layers * 2 * hidden + layer if again else layers * layer)
-    teacher = sizes["teacher_parameters"] * item
+    teacher = 0 if stored else sizes["teacher_parameters"] * item
 
     def need(gpus: int) -> Need:
         on_node = min(gpus, hardware.gpus_per_node)

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from m2d.choose.inputs import GramStatistics
 from m2d.memory import free_memory
-from m2d.models.experts import StackedExperts
+from m2d.models.experts import TILE, StackedExperts
 from m2d.models.routers import router_gram
 from m2d.stages.combine import LayerSums, gram_statistics
 from m2d.stages.stats import add_statistics_options, collect
 
 # Memory that all experts' outputs on a chunk of tokens may take on a CPU.
-CHUNK_BYTES = 200_000_000
-TILE = 32  # tokens: products of a multiple of them waste nothing
+CHUNK_BYTES = 230_000_000
 COLUMNS_AT_ONCE = 16_384  # columns of the outputs that are widened to float32 at a time
 # Rows of one block of the upper triangle: in smaller ones the products cost more than is saved.
 BLOCK_ROWS = 64

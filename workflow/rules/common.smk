@@ -18,6 +18,8 @@ from m2d.config import (
     evaluation_jobs,
     goes_with,
     has_experts,
+    outputs_name,
+    recipe_with_outputs,
     student_kind,
 )
 from m2d.cost.jobs import resources_of
@@ -57,6 +59,9 @@ wildcard_constraints:
     variant="|".join(["merged", "refit", *config["recipes"]]),
     tokens="calibration|test|distillation",
     scoring="[a-z_]+",
+    outputs="[a-z0-9-]+",
+    part="[0-9]+",
+    parts="[0-9]+",
     neurons="contribution|greedy(-width-[0-9]+|-params-[0-9]+)?",
 
 
@@ -320,15 +325,51 @@ def recipe_of(wildcards):
 
 def recipe_options(wildcards):
     """The recipe as options of `m2d distill`: learning_rate: 1e-4 is --learning-rate 1e-4."""
+    recipe = recipe_of(wildcards)
+    stored = OF_TEACHER if "teacher_outputs" in recipe else ()
     settings = {
         k: v
-        for k, v in recipe_of(wildcards).items()
-        if k not in ("gpus", "mem_mb", "runtime")
+        for k, v in recipe.items()
+        if k not in ("gpus", "mem_mb", "runtime", "teacher_outputs", *stored)
     }
+    if stored:
+        settings["teacher_outputs"] = outputs_folder(wildcards)
     return " ".join(
         f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
         for key, value in settings.items()
         if value is not False
+    )
+
+
+# Of a recipe's keys, those that say how the teacher runs.
+OF_TEACHER = ("teacher_top_k", "teacher_dtype")
+
+
+def outputs_folder(wildcards):
+    name = outputs_name(recipe_of(wildcards))
+    return f"{config['results']}/{wildcards.teacher}/outputs/{name}"
+
+
+def stored_outputs(wildcards):
+    """The flags of a recipe's stored outputs, which are complete when all are there."""
+    settings = recipe_of(wildcards).get("teacher_outputs")
+    if settings is None:
+        return []
+    parts = settings.get("parts", 1)
+    folder = outputs_folder(wildcards)
+    return [f"{folder}/{part}-of-{parts}.done" for part in range(1, parts + 1)]
+
+
+def outputs_options(wildcards):
+    """Options of `m2d outputs`, from a recipe whose outputs have this name."""
+    recipe = recipe_with_outputs(config, wildcards.outputs)
+    settings, teacher = recipe["teacher_outputs"], teacher_of(wildcards)
+    options = f"--kind {settings['kind']} --size {settings['size']}"
+    options += f" --batch {teacher['batch']}"
+    if "teacher_top_k" in recipe:
+        options += f" --teacher-top-k {recipe['teacher_top_k']}"
+    return options + (
+        f" --dtype {recipe['teacher_dtype']}" if "teacher_dtype" in recipe else ""
     )
 
 

@@ -1,6 +1,6 @@
 # Distillation: a student trained on its teacher's distributions.
 # in:  a teacher, <results>/{teacher}/students/{student}/merged/ (or refit/, where the config has it),
-#      tokens/distillation.safetensors
+#      tokens/distillation.safetensors; outputs/{outputs}/ for a recipe that has them stored
 # out: <results>/{teacher}/students/{student}/{recipe}/
 #
 # A job that is killed goes on from its last checkpoint when it is started again; one that would run
@@ -15,6 +15,7 @@ rule distill_student:
     input:
         student=undistilled,
         tokens="<results>/{teacher}/tokens/distillation.safetensors",
+        outputs=stored_outputs,
         choice=choice_of,
         teacher=teacher_files,
     output:
