@@ -166,13 +166,10 @@ def outputs_name(recipe: Mapping[str, Any]) -> str:
     return "-".join([*parts, *([recipe["teacher_dtype"]] if "teacher_dtype" in recipe else [])])
 
 
-def recipe_with_outputs(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A recipe whose stored teacher outputs have this name."""
-    return next(
-        recipe
-        for recipe in config["recipes"].values()
-        if "teacher_outputs" in recipe and outputs_name(recipe) == name
-    )
+def outputs_names(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name of stored teacher outputs -> a recipe that has them."""
+    stored = [recipe for recipe in config["recipes"].values() if "teacher_outputs" in recipe]
+    return {outputs_name(recipe): recipe for recipe in stored}
 
 
 def _check_names(config: Config) -> None:
@@ -265,6 +262,13 @@ def _check_sizes(config: Config) -> None:
                 f"learning_rate = {peak}"
             )
         if "teacher_outputs" in recipe:
+            parts = recipe["teacher_outputs"].get("parts", 1)
+            same = outputs_names(config)[outputs_name(recipe)]["teacher_outputs"].get("parts", 1)
+            if parts != same:
+                raise UserError(
+                    f"{key}.teacher_outputs.parts: {parts}, but {same} in another recipe with the "
+                    "same outputs"
+                )
             for other, allowed in STORED_GOES_WITH.items():
                 if recipe.get(other, allowed) != allowed:
                     raise UserError(
@@ -305,6 +309,12 @@ def _check_student(config: Config, pipeline: str, name: str) -> None:
         if "keep" in student:
             key = f"pipelines.{pipeline}: students.{name}.keep"
             _check_keep(student["keep"], teacher, config["teachers"][teacher], key)
+            keeps = config["teachers"][teacher]["keeps"]
+            if "best_of" in student and student["keep"] not in keeps:
+                raise UserError(
+                    f"config: {key}: {student['keep']} is not among teachers.{teacher}.keeps, "
+                    f"{', '.join(map(str, keeps))}, of which the grids are"
+                )
 
 
 def _check_sizes_file(name: str, teacher: Mapping[str, Any]) -> None:

@@ -64,8 +64,8 @@ def convert(
     "contribution" or "greedy": `width` of a layer, or as many as a student of `params` parameters
     has (default: the width of the router's top-k). refit: "layer" or "sequential" to solve the down
     projections anew, with the tokens' `weighting` "equal" or "relative" (docs/closed-form.md).
-    One of text (files), calibration (a token file) or dataset (NAME[:SPLIT[:COLUMN]]) gives the
-    calibration tokens; sequences and length say how many, for text and dataset.
+    One of text (files), calibration (a token file) or dataset (NAME[@CONFIG][:SPLIT[:COLUMN]])
+    gives the calibration tokens; sequences and length say how many, for text and dataset.
     dtype: of the computation and of the student; the checkpoint's by default.
 
     Raises UserError on bad input, before anything is written.

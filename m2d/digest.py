@@ -233,8 +233,10 @@ def _shape(node: object) -> object:
     if isinstance(node, ast.keyword) and node.arg in WORDING:
         return None
     if isinstance(node, ast.AST):
-        fields = [_shape(getattr(node, name, None)) for name in node._fields if name != "ctx"]
-        return type(node).__name__, *fields
+        fields = {name: getattr(node, name, None) for name in node._fields if name != "ctx"}
+        # Python versions differ in the fields that they leave empty; a constant may be None itself.
+        kept = {k: v for k, v in fields.items() if v != [] and (v is not None or k == "value")}
+        return type(node).__name__, *((k, _shape(v)) for k, v in kept.items())
     return node
 
 

@@ -71,6 +71,9 @@ def test_paper_scale(original: dict[str, Any]) -> None:
         ("recipes.demo.min_learning_rate", 1, "recipes.demo.min_learning_rate: 1 is more than"),
         ("recipes.paper-300m-stored.loss", "reverse_kl", "recipes.paper-300m-stored.loss: "
          "reverse_kl, but with teacher_outputs it is forward_kl"),
+        ("students.top-k8.keep", 10, "students.top-k8.keep: 10 is not among teachers.qwen3-30b-a3b"
+         ".keeps, 8, 16, 32, 64, 128"),
+        ("students.top-k8.best_of", [], "students.top-k8.best_of: "),
         ("recipes.paper-300m-stored.teacher_outputs.kind", "best", "kind: unknown value 'best'"),
         ("recipes.paper-4b.gpus", 7, "paper-4b.batch: 384 is not a multiple of device_batch times"),
         ("students.do-acp-k4.scoring", "DO-APC", "students.do-acp-k4.scoring: unknown scoring "

@@ -121,6 +121,15 @@ def test_counts(digest_after: Callable[..., str], file: str, old: str, new: str)
     assert digest_after() != digest_after(file, old, new)
 
 
+def test_a_constant_that_is_nothing_counts(digest_after: Callable[..., str]) -> None:
+    values = ["3", "None", "''", "0", "False", "()"]
+    found = [
+        digest_after("stage.py", f"LIMIT = {old}", f"LIMIT = {new}")
+        for old, new in zip(["3", *values], values, strict=False)
+    ]
+    assert len(set(found)) == len(values)
+
+
 def test_chosen_method_alone(digest_after: Callable[..., str]) -> None:
     before = digest_after(scoring="second")
     assert before != digest_after(scoring="first")

@@ -426,6 +426,14 @@ def test_packing_goes_on_where_it_was_killed(
     write_packed(file, texts, Watched(), 7, None, {}, ("a", 1))
     assert file.read_bytes() == whole.read_bytes()
     assert seen == texts
+    file.unlink()
+    # One with other arguments in between, killed before it has a position: nothing of it is taken.
+    with pytest.raises(KeyboardInterrupt):
+        write_packed(file, killed(30), Letters(), 7, None, {}, ("a", 1))
+    with pytest.raises(KeyboardInterrupt):
+        write_packed(file, killed(2), Letters(), 5, None, {}, ("b", 1))
+    write_packed(file, texts, Letters(), 7, None, {}, ("a", 1))
+    assert file.read_bytes() == whole.read_bytes()
     with pytest.raises(KeyboardInterrupt):
         write_packed(file, killed(30), Letters(), 7, None, {}, ("a", 1))
     write_packed(file, texts[50:], Letters(), 7, None, {}, ("b", 1))

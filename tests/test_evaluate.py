@@ -385,6 +385,30 @@ def test_what_the_vllm_backend_is_given(
     assert json.loads(out.read_text(encoding="utf-8"))["config"]["model"] == "vllm"
 
 
+@pytest.mark.parametrize(("gpus", "more"), [(1, {}), (2, {"parallelize": True})])
+def test_a_model_is_spread_over_several_gpus(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, more: dict
+) -> None:
+    import lm_eval.api.registry
+
+    hf = lm_eval.api.registry.get_model("hf")
+    given = []
+
+    class Recorder:
+        @staticmethod
+        def create_from_arg_obj(arguments: dict, _: dict) -> object:
+            given.append(arguments)
+            plain = {key: arguments[key] for key in ("pretrained", "dtype")}
+            return hf.create_from_arg_obj(plain, {"batch_size": "4", "device": "cpu"})
+
+    monkeypatch.setattr(lm_eval.api.registry, "get_model", lambda name: Recorder)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    make_dataset(tmp_path / "winogrande", winogrande, {"train": 3, "validation": 4})
+    evaluate(str(model), ["winogrande"], shots=0, datasets=tmp_path)
+    assert given == [{"pretrained": str(model), "dtype": "auto", **more}]
+
+
 def test_a_folder_for_one_dataset(tmp_path: Path, model: Path) -> None:
     make_dataset(tmp_path / "any/where", winogrande, {"train": 3, "validation": 4})
     options = ["--task", "winogrande", "--shots", "1", "--batch-size", "4", "--device", "cpu"]

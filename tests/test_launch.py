@@ -1,11 +1,14 @@
-"""workflow/scripts/launch.sh: what it starts, with echoes in place of the programs it calls."""
+"""workflow/scripts: launch.sh, with echoes in place of the programs it starts, and timed.py."""
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from workflow_project import REPOSITORY
+
+from m2d.results import read_benchmarks
 
 LAUNCH = REPOSITORY / "workflow" / "scripts" / "launch.sh"
 SIGNALS = "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout 280"
@@ -68,3 +71,18 @@ def test_a_queue_stops_before_its_time_is_up(programs: Path) -> None:
     assert out == "m2d distill student --tokens a b --stop-after 50"
     # Too short to stop early: it would end before it has begun.
     assert "stop" not in launched(programs, "1", "1", "20", SLURM_JOB_ID="1")
+
+
+def test_timed_writes_a_benchmark_of_what_succeeded(tmp_path: Path) -> None:
+    def timed(name: str, program: str) -> int:
+        file = tmp_path / "compute_gram" / f"{name}.tsv"
+        script = REPOSITORY / "workflow" / "scripts" / "timed.py"
+        return subprocess.call([sys.executable, script, file, sys.executable, "-c", program])
+
+    assert timed("demo", "import time; x = bytearray(200_000_000); time.sleep(0.3)") == 0
+    assert timed("failed", "raise SystemExit(3)") == 3
+    assert timed("killed", "import os; os.kill(os.getpid(), 9)") == 128 + 9
+    (row,) = read_benchmarks(tmp_path).to_dict("records")
+    assert (row["rule"], row["job"]) == ("compute_gram", "demo")
+    assert 0.3 <= row["seconds"] < 30
+    assert 200 <= row["max_rss_mb"] < 1000

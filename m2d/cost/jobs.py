@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from m2d.config import evaluation_jobs, recipe_with_outputs, student_kind
+from m2d.config import evaluation_jobs, outputs_names, student_kind
 from m2d.cost.needs import (
     BYTES,
     Hardware,
@@ -76,7 +76,8 @@ def need_of(config: Mapping[str, Any], rule: str, names: Names) -> Need | None:
         total, active = sizes["teacher_parameters"], sizes["active_parameters"]
         return evaluation(total, active, item, scored_tokens(config, names), hardware)
     if rule == "store_outputs":
-        recipe = recipe_with_outputs(config, names["outputs"])
+        recipe = outputs_names(config)[names["outputs"]]
+        item = BYTES[recipe.get("teacher_dtype", teacher["dtype"])]
         part = ceil(amount("distillation") / int(names["parts"]))
         return outputs(sizes, item, recipe, part, hardware)
     if rule == "measure_neurons":

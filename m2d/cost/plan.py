@@ -29,7 +29,13 @@ from m2d.errors import UserError
 
 SCHEMA = Path("workflow/schemas/config.schema.yaml")
 # Rules on a teacher that compute next to nothing.
-UNSIZED = {"clear_outputs", "combine_statistics", "download_teacher", "rank_experts"}
+UNSIZED = {
+    "clear_outputs",
+    "combine_statistics",
+    "complete_outputs",
+    "download_teacher",
+    "rank_experts",
+}
 JOB = re.compile(r"^(?:local)?(?:rule|checkpoint) (\w+):\n((?:    .*\n)*)", re.M)
 
 

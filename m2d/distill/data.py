@@ -102,13 +102,15 @@ def write_packed(
     file, position = work / path.name, work / "position.json"
     request = {"metadata": metadata, "sequences": sequences, "length": length, "of": identity}
     start: dict[str, Any] = {"documents": 0, "rows": 0, "rest": [], "request": request}
-    if position.is_file():
-        found = read_json(position)
-        # Through JSON, since a tuple that is written comes back as a list.
-        if found["request"] == json.loads(json.dumps(request)):
-            start = found
-            say(f"{path}: going on after {start['rows']} sequences")
     work.mkdir(parents=True, exist_ok=True)
+    # Through JSON, since a tuple that is written comes back as a list.
+    same = json.loads(json.dumps(request))
+    if file.is_file() and position.is_file() and (found := read_json(position))["request"] == same:
+        start = found
+        say(f"{path}: going on after {start['rows']} sequences")
+    else:  # a position is of the tokens beside it: it goes before they do
+        position.unlink(missing_ok=True)
+        fsync(work)
     # The header comes first and has the number of rows: room is kept for it, and filled later.
     room = len(packed_header(2**40, length, metadata))
     with file.open("r+b" if start["rows"] else "wb") as out:
@@ -144,6 +146,7 @@ def write_packed(
         out.seek(0)
         out.write(packed_header(rows, length, metadata, room))
     flush_to_disk(file)
+    position.unlink(missing_ok=True)
     file.rename(path)
     fsync(path.parent)
     shutil.rmtree(work)

@@ -12,12 +12,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from m2d.artifacts import sha256_of
 from m2d.distill.data import mixture, pack_tokens, write_packed
 from m2d.errors import UserError
 from m2d.models.teacher import locate
 from m2d.options import positive
 from m2d.progress import say
-from m2d.tokens import SUFFIXES, read_documents, text_files
+from m2d.text import SUFFIXES, read_documents
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -30,7 +31,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclu
         help=".txt, .md, .rst, .jsonl or .parquet (field text), or folders of such",
     )
     source.add_argument(
-        "--dataset", metavar="NAME[:SPLIT[:COLUMN]]", help="through datasets, streamed"
+        "--dataset", metavar="NAME[@CONFIG][:SPLIT[:COLUMN]]", help="through datasets, streamed"
     )
     return source
 
@@ -61,7 +62,7 @@ def load_tokenizer(model: str | Path) -> Any:
 
 
 def dataset_documents(spec: str) -> Iterable[str]:
-    """Stream the documents of NAME[:SPLIT[:COLUMN]]; NAME may be NAME@CONFIG, or a local folder."""
+    """Stream the documents of NAME[@CONFIG][:SPLIT[:COLUMN]]; NAME may be a local folder."""
     from datasets import load_dataset
 
     name, split, column = [*spec.split(":"), "", ""][:3]
@@ -106,15 +107,27 @@ def mixed_documents(parts: Sequence[tuple[str, str]]) -> Iterable[str]:
     return mixture(sources)
 
 
-def files_behind(sources: Iterable[str | Path]) -> list[list[Any]]:
-    """Path, size and time of every text file of these sources: whether they are the same."""
-    files = [file for source in sources if Path(source).exists() for file in text_files([source])]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def identity_of(teacher: str, sources: Iterable[str]) -> list[Any]:
+    """What tells whether a killed run's tokens may be gone on with: tokenizer and texts.
+
+    Of a tokenizer its files' digests; of text files and folders path, size and time of every file.
+    """
+    parts: list[Any] = [
+        [file.name, sha256_of(file)]
+        for file in sorted(locate(teacher).iterdir())
+        if file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens"))
+    ]
+    for source in sources:
+        place = Path(source if Path(source).exists() else source.partition(":")[0])
+        files = sorted(f for f in place.rglob("*") if f.is_file()) if place.is_dir() else [place]
+        known = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+        parts.append([str(source), known])
+    return parts
 
 
 def main(args: argparse.Namespace) -> None:
     sources = [source for _, source in args.mix or ()] or args.text or [args.dataset]
-    identity = [str(args.teacher), *map(str, sources), *files_behind(sources)]
+    identity = identity_of(args.teacher, sources)
     if args.mix:
         documents = mixed_documents(args.mix)
         source = " + ".join(f"{weight} {name}" for weight, name in args.mix)

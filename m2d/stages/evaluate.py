@@ -75,6 +75,9 @@ def evaluate(
     if backend == "hf":  # vllm picks its own, and dislikes a process that has touched CUDA
         read_config(locate(model, config_only=True))  # transformers is told of EMO's classes
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and torch.cuda.device_count() > 1:
+            # A job has several GPUs where one cannot hold the model.
+            model_args = {"parallelize": True, **(model_args or {})}
     manager = _task_manager(tasks, include)
     with local_datasets(datasets, include, dataset_folders or {}):
         loaded = {task: _load_task(manager, task, shots) for task in tasks}

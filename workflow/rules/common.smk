@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from m2d.config import (
     goes_with,
     has_experts,
     outputs_name,
-    recipe_with_outputs,
+    outputs_names,
     student_kind,
 )
 from m2d.cost.jobs import resources_of
 from m2d.digest import PACKAGE, code_digest
 from m2d.errors import UserError
+from m2d.text import text_files as files_below
 
 # Jobs inherit this. The C library would hand the memory of every tensor above 128 kB back to the
 # kernel and fetch fresh pages for the next, a third of the time of a job with a small model.
@@ -40,6 +42,11 @@ try:
 except UserError as error:
     # One line for the user, instead of a traceback of the parser.
     raise WorkflowError(str(error)) from None
+
+
+def any_of(names):
+    """A wildcard's constraint: one of these names; nothing at all where there are none."""
+    return "|".join(map(re.escape, names)) or "(?!)"
 
 
 # Students that the grid chooses, by scoring and grouping.
@@ -59,7 +66,7 @@ wildcard_constraints:
     variant="|".join(["merged", "refit", *config["recipes"]]),
     tokens="calibration|test|distillation",
     scoring="[a-z_]+",
-    outputs="[a-z0-9-]+",
+    outputs=any_of(outputs_names(config)),
     part="[0-9]+",
     parts="[0-9]+",
     neurons="contribution|greedy(-width-[0-9]+|-params-[0-9]+)?",
@@ -136,17 +143,23 @@ def files_of(dataset):
 
 
 def text_files(wildcards):
+    """The files behind a dataset, those in its folders one by one: a folder has no checksum."""
     dataset = dataset_of(wildcards)
     parts = [config["datasets"][name] for name in dataset.get("mix", [])]
-    return [file for part in parts or [dataset] for file in files_of(part)]
+    named = [Path(file) for part in parts or [dataset] for file in files_of(part)]
+    return [
+        str(file)
+        for name in named
+        for file in (files_below([name]) if name.is_dir() else [name])
+    ]
 
 
-def text_source(wildcards, input):
+def text_source(wildcards):
     dataset = dataset_of(wildcards)
     if "hub" in dataset:
         return f"--dataset {dataset['hub']}"
     if "mix" not in dataset:
-        return f"--text {input.text}"
+        return f"--text {shlex.join(files_of(dataset))}"
     parts = {name: config["datasets"][name] for name in dataset["mix"]}
     sources = {
         name: part.get("hub") or files_of(part)[0] for name, part in parts.items()
@@ -162,11 +175,6 @@ def text_source(wildcards, input):
 def shares_of(teacher):
     """Jobs that share a teacher's statistics; None where one takes all."""
     return config["teachers"][teacher].get("shares")
-
-
-def any_of(names):
-    """A wildcard's constraint: one of these names; nothing at all where there are none."""
-    return "|".join(map(re.escape, names)) or "(?!)"
 
 
 # The command that takes shares of a statistics file.
@@ -201,7 +209,7 @@ def from_grids(name):
 def student_of(wildcards):
     """A student's settings: the config's, or what the grids say is best.
 
-    Before the grids exist, what they will choose is empty.
+    Before the grids exist, or have such rows, what they will choose is empty.
     """
     choice = from_grids(wildcards.student)
     if choice is None:
@@ -209,7 +217,8 @@ def student_of(wildcards):
     scorings, given = choice
     grids = grids_in(config["results"], wildcards.teacher, scorings)
     if all(Path(grid).is_file() for grid in grids):
-        return best_configuration(grids, **given)
+        with suppress(UserError):
+            return best_configuration(grids, **given)
     scoring = scorings[0] if len(scorings) == 1 else ""
     return {"scoring": scoring, "grouping": "", "scaling": "", "keep": 0, **given}
 
@@ -351,18 +360,24 @@ def outputs_folder(wildcards):
 
 
 def stored_outputs(wildcards):
-    """The flags of a recipe's stored outputs, which are complete when all are there."""
-    settings = recipe_of(wildcards).get("teacher_outputs")
-    if settings is None:
+    """What says that a recipe's stored outputs are complete."""
+    if "teacher_outputs" not in recipe_of(wildcards):
         return []
-    parts = settings.get("parts", 1)
-    folder = outputs_folder(wildcards)
-    return [f"{folder}/{part}-of-{parts}.done" for part in range(1, parts + 1)]
+    return f"{outputs_folder(wildcards)}/complete"
+
+
+def parts_of_outputs(wildcards):
+    recipe = outputs_names(config)[wildcards.outputs]
+    return expand(
+        "<results>/{{teacher}}/outputs/{{outputs}}/{part}-of-{parts}.done",
+        part=range(1, recipe["teacher_outputs"].get("parts", 1) + 1),
+        parts=recipe["teacher_outputs"].get("parts", 1),
+    )
 
 
 def outputs_options(wildcards):
     """Options of `m2d outputs`, from a recipe whose outputs have this name."""
-    recipe = recipe_with_outputs(config, wildcards.outputs)
+    recipe = outputs_names(config)[wildcards.outputs]
     settings, teacher = recipe["teacher_outputs"], teacher_of(wildcards)
     options = f"--kind {settings['kind']} --size {settings['size']}"
     options += f" --batch {teacher['batch']}"

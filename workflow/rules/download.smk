@@ -16,8 +16,13 @@ rule download_teacher:
     threads: 1
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
-        files="'*.json' '*.safetensors' '*.model' '*.txt' '*.jinja' 'tokenizer*'",
+        # A pattern for each option. Folders hold copies in other formats (GPT-OSS: original/).
+        files=" ".join(
+            f"--include '{pattern}'"
+            for pattern in ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        ),
     shell:
         """
-        env -u HF_HUB_OFFLINE hf download {params.model} --include {params.files} >{log} 2>&1
+        env -u HF_HUB_OFFLINE hf download {params.model} {params.files} --exclude '*/*' \
+            >{log} 2>&1
         """

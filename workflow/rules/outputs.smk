@@ -13,15 +13,13 @@ rule clear_outputs:
         teacher=teacher_files,
     output:
         touch("<results>/{teacher}/outputs/{outputs}/cleared"),
-    log:
-        "<logs>/clear_outputs/{teacher}/{outputs}.log",
     localrule: True
     params:
         options=outputs_options,
         code=code("m2d.stages.outputs"),
     shell:
         """
-        rm -f "$(dirname {output})"/index.json "$(dirname {output})"/shard-*.safetensors 2>{log}
+        cd "$(dirname {output})" && rm -rf index.json shard-* .shard-* *.done
         """
 
 
@@ -47,9 +45,21 @@ rule store_outputs:
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         options=outputs_options,
+        spread=lambda wildcards, resources: (
+            "--device-map auto" if (resources.get("gpu") or 0) > 1 else ""
+        ),
         code=code("m2d.stages.outputs"),
     shell:
         """
         m2d outputs {params.model} "$(dirname {output})" --tokens {input.tokens} \
-            --part {wildcards.part}/{wildcards.parts} {params.options} 2>{log}
+            --part {wildcards.part}/{wildcards.parts} {params.spread} {params.options} 2>{log}
         """
+
+
+rule complete_outputs:
+    """Say that all shares of a teacher's outputs are there."""
+    input:
+        parts_of_outputs,
+    output:
+        touch("<results>/{teacher}/outputs/{outputs}/complete"),
+    localrule: True
