@@ -3,6 +3,7 @@
 # make test-slurm  run the workflow on a real Slurm, started for it (root; munge, slurmctld, slurmd)
 # make bench  measure what docs/performance.md states; 5 GB of disk, some minutes
 # make check  set everything up and run the static checks
+# make profiles  let snakemake --profile slurm find profiles/slurm
 # Needs Python >= 3.11 and make; another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -57,7 +58,7 @@ clean:
 	rm -rf results report.html
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -7
 
 # Debian's Python makes environments without pip unless python3-venv is installed; then the pip
 # outside serves the environment.
