@@ -1,5 +1,6 @@
 """Figures of the students: perplexity and accuracy before and after distillation, and training."""
 
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from m2d.results import CHANCE, UNDISTILLED
 
 UNITS = {"B": 1e9, "M": 1e6, "K": 1e3}
 BYTES = {" GB": 1e9, " MB": 1e6, " kB": 1e3}
+LINES = ("--", "-.", (0, (6, 1, 1, 1, 1, 1)))  # of teachers; dots are chance
 LABELS = {"merged": "merged, not distilled", "refit": "refitted, not distilled"}
 
 
@@ -77,9 +79,9 @@ def perplexities(students: pd.DataFrame) -> Figure:
             ) if value in ends else None
     for variant in variants:
         axes.plot([], [], label=LABELS.get(variant, variant), **look(variant, variants))
-    for teacher, value in _teachers(table, "perplexity").items():
-        axes.axvline(value, color=INK, linestyle="--", linewidth=1.2)
-        axes.plot([], [], color=INK, linestyle="--", label=f"teacher {teacher}: {value:.1f}")
+    for (teacher, value), line in zip(_teachers(table, "perplexity").items(), cycle(LINES)):
+        axes.axvline(value, color=INK, linestyle=line, linewidth=1.2)
+        axes.plot([], [], color=INK, linestyle=line, label=f"teacher {teacher}: {value:.1f}")
     axes.set_yticks(range(len(order)), list(order))
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.grid(axis="y", visible=False)
@@ -123,8 +125,8 @@ def accuracies(students: pd.DataFrame) -> Figure:
                     elinewidth=1,
                     **look(row["variant"], variants),
                 )
-        for value in _teachers(students, task).values():
-            panel.axvline(value, color=INK, linestyle="--", linewidth=1.2)
+        for value, line in zip(_teachers(students, task).values(), cycle(LINES)):
+            panel.axvline(value, color=INK, linestyle=line, linewidth=1.2)
         if task in CHANCE:
             panel.axvline(100 * CHANCE[task], color=MUTED, linestyle=":", linewidth=1.2)
         panel.set_title(task.replace("_", " "), fontsize=9)
@@ -137,8 +139,8 @@ def accuracies(students: pd.DataFrame) -> Figure:
         panel.set_visible(False)
     for variant in variants:
         axes[0].plot([], [], label=LABELS.get(variant, variant), **look(variant, variants))
-    if _teachers(students, tasks[0]):
-        axes[0].plot([], [], color=INK, linestyle="--", label="teacher")
+    for teacher, line in zip(_teachers(students, tasks[0]), cycle(LINES)):
+        axes[0].plot([], [], color=INK, linestyle=line, label=f"teacher {teacher}")
     if any(task in CHANCE for task in tasks):
         axes[0].plot([], [], color=MUTED, linestyle=":", label="chance")
     figure.legend(loc="outside lower center", ncols=4)
