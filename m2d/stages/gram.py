@@ -23,7 +23,7 @@ from m2d.stages.combine import LayerSums, gram_statistics
 from m2d.stages.stats import add_statistics_options, collect
 
 # Memory that all experts' outputs on a chunk of tokens may take on a CPU.
-CHUNK_BYTES = 230_000_000
+CHUNK_BYTES = 220_000_000
 COLUMNS_AT_ONCE = 16_384  # columns of the outputs that are widened to float32 at a time
 # Rows of one block of the upper triangle: in smaller ones the products cost more than is saved.
 BLOCK_ROWS = 64
@@ -75,7 +75,8 @@ def routed_output(outputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """y [N, H]: the weighted sum of the selected experts among outputs [E + 1, N H]."""
     tokens = torch.arange(index.shape[0], device=index.device)[:, None]
     by_token = outputs.unflatten(1, (len(index), -1))
-    return (by_token[index, tokens] * weights[..., None].to(outputs.dtype)).sum(1)
+    chosen = by_token[index, tokens]  # [N, k, H]
+    return torch.bmm(weights[:, None].to(outputs.dtype), chosen).squeeze(1)
 
 
 class GramTotals:
