@@ -75,14 +75,14 @@ def test_a_queue_stops_before_its_time_is_up(programs: Path) -> None:
 
 def test_timed_writes_a_benchmark_of_what_succeeded(tmp_path: Path) -> None:
     def timed(name: str, program: str) -> int:
-        file = tmp_path / "compute_gram" / f"{name}.tsv"
+        file = tmp_path / "logs" / "compute_gram" / f"{name}.log"
         script = REPOSITORY / "workflow" / "scripts" / "timed.py"
         return subprocess.call([sys.executable, script, file, sys.executable, "-c", program])
 
     assert timed("demo", "import time; x = bytearray(200_000_000); time.sleep(0.3)") == 0
     assert timed("failed", "raise SystemExit(3)") == 3
     assert timed("killed", "import os; os.kill(os.getpid(), 9)") == 128 + 9
-    (row,) = read_benchmarks(tmp_path).to_dict("records")
+    (row,) = read_benchmarks(tmp_path / "benchmarks").to_dict("records")
     assert (row["rule"], row["job"]) == ("compute_gram", "demo")
     assert 0.3 <= row["seconds"] < 30
     assert 200 <= row["max_rss_mb"] < 1000

@@ -13,13 +13,17 @@ rule clear_outputs:
         teacher=teacher_files,
     output:
         touch("<results>/{teacher}/outputs/{outputs}/cleared"),
+    log:
+        "<logs>/clear_outputs/{teacher}/{outputs}.log",
     localrule: True
+    conda:
+        "../envs/m2d.yaml"
     params:
         options=outputs_options,
         code=code("m2d.stages.outputs"),
     shell:
         """
-        cd "$(dirname {output})" && rm -rf index.json shard-* .shard-* *.done
+        (cd "$(dirname {output})" && rm -rf index.json shard-* .shard-* *.done) 2>{log}
         """
 
 

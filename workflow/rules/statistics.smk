@@ -9,9 +9,6 @@
 # A teacher with `shares: N` has N jobs take a share of the sequences each, for both kinds, and one
 # more add them up: bit for bit what one job would compute.
 
-# No parameter, since it may lie elsewhere where the same is computed.
-TIMED = script("timed.py")
-
 
 rule compute_statistics:
     """Routing statistics of every layer and expert."""
@@ -35,10 +32,11 @@ rule compute_statistics:
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         options=compute_options,
+        timed=script("timed.py"),
         code=code("m2d.stages.stats"),
     shell:
         """
-        python {TIMED} {config[results]}/benchmarks/compute_statistics/{wildcards.teacher}.tsv \
+        python {params.timed} {log} \
             m2d stats {params.model} {output} --calibration {input.calibration} \
             {params.options} 2>{log}
         """
@@ -66,10 +64,11 @@ rule compute_gram:
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         options=compute_options,
+        timed=script("timed.py"),
         code=code("m2d.stages.gram"),
     shell:
         """
-        python {TIMED} {config[results]}/benchmarks/compute_gram/{wildcards.teacher}.tsv \
+        python {params.timed} {log} \
             m2d gram {params.model} {output} --calibration {input.calibration} \
             {params.options} 2>{log}
         """
