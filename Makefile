@@ -43,8 +43,10 @@ format: $(STAMP)
 
 # The picture of the workflow in docs/cluster.md; needs graphviz.
 rulegraph: $(STAMP)
-	$(IN_VENV) snakemake --nolock --forceall --rulegraph tables 2>/dev/null \
-	    | $(VENV)/bin/python docs/figures/rulegraph.py | dot -Tsvg -o docs/figures/rulegraph.svg
+	$(IN_VENV) snakemake --nolock --forceall --rulegraph dot -- tables >rulegraph.dot
+	$(VENV)/bin/python docs/figures/rulegraph.py <rulegraph.dot \
+	    | dot -Tsvg -o docs/figures/rulegraph.svg
+	rm rulegraph.dot
 
 # Links the profiles to where Snakemake looks for them: then `snakemake --profile slurm` works.
 profiles:
