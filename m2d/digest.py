@@ -20,6 +20,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 TABLES = {"SCORINGS": "scoring", "GROUPINGS": "grouping", "SCALINGS": "scaling"}
 # Wording, names and progress: an edit there changes no number, and must not repeat a distillation.
+# Only where one is the entry itself does it count.
 WITHOUT_EFFECT = frozenset(
     {"m2d.errors", "m2d.progress", "m2d.choose.names", "m2d.model_card", "m2d"}
 )
@@ -97,7 +98,7 @@ def reachable(
             continue
         module_name, name = key
         module = load(module_name, package)
-        if module is None or module_name in WITHOUT_EFFECT:
+        if module is None or (module_name in WITHOUT_EFFECT and module_name != stage):
             continue
         if name == "":
             statements = module.loose

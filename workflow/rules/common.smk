@@ -433,5 +433,5 @@ def evaluation_options(evaluation, tasks):
 
 
 def package_file(name):
-    """Digest of a file of the package that a job reads, or whose wording it writes."""
+    """Digest of a file of the package that a job reads."""
     return hashlib.sha256((PACKAGE / name).read_bytes()).hexdigest()[:16]

@@ -113,7 +113,7 @@ rule write_cards:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=lambda wildcards, attempt: 10 * attempt,
     params:
-        wording=package_file("model_card.py"),
+        wording=code("m2d.model_card:model_card"),
         code=code("m2d.stages.card"),
     shell:
         """
