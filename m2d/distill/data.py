@@ -101,7 +101,7 @@ def write_packed(
     work = path.with_name(f".{path.name}.packing")
     file, position = work / path.name, work / "position.json"
     request = {"metadata": metadata, "sequences": sequences, "length": length, "of": identity}
-    start: dict[str, Any] = {"documents": 0, "rows": 0, "rest": [], "request": request}
+    start: dict[str, Any] = {"documents": 0, "rows": 0, "rest": []}
     work.mkdir(parents=True, exist_ok=True)
     # Through JSON, since a tuple that is written comes back as a list.
     same = json.loads(json.dumps(request))
@@ -115,10 +115,7 @@ def write_packed(
     room = len(packed_header(2**40, length, metadata))
     with file.open("r+b" if start["rows"] else "wb") as out:
         rows = start["rows"]
-        out.truncate(room + rows * length * 8)
-        out.seek(0 if rows == 0 else room + rows * length * 8)
-        if rows == 0:
-            out.write(b" " * room)
+        out.seek(out.truncate(room + rows * length * 8))
 
         def rows_of_batches() -> Iterator[np.ndarray]:
             read, last = start["documents"], time.monotonic()
