@@ -31,13 +31,13 @@ from m2d.choose.scoring import SCORINGS
 from m2d.conversion import collect_statistics
 from m2d.distill.loss import distillation_loss
 from m2d.distill.trainer import head_of, hidden_states
+from m2d.evaluate.perplexity import load_dense, loaded_nll
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import count_parameters, open_teacher, quiet
-from m2d.stages.calibrate import tokens_from
-from m2d.stages.merge import write_student
-from m2d.stages.neurons import collect
-from m2d.stages.perplexity import load_dense, loaded_nll
-from m2d.stages.refit import refit, refit_record, write_refitted
+from m2d.refit.refit import refit, refit_record, write_refitted
+from m2d.statistics.neurons import collect
+from m2d.students.merge import write_student
+from m2d.tokens.tokenize import tokens_from
 
 CPU = torch.device("cpu")
 LENGTH, BATCH = 256, 16

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m2d.artifacts import write_text
-from m2d.plots.style import COLOURS, INK, MARKERS, new_figure, plain_log, save
+from m2d.report.plot_style import COLOURS, INK, MARKERS, new_figure, plain_log, save
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 Curve = list[dict[str, float]]

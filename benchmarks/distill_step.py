@@ -27,8 +27,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from m2d.distill.data import PackedTokens
 from m2d.distill.trainer import Recipe, make_trainer
+from m2d.tokens.packed import PackedTokens
 
 VOCABULARY = 32_768
 SHAPE = {

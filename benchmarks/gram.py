@@ -7,7 +7,7 @@ from common import clock_of, cpu_time_option, report, side_by_side
 from torch import nn
 
 from m2d.models.experts import StackedExperts
-from m2d.stages.gram import GramTotals, inner_products
+from m2d.statistics.gram import GramTotals, inner_products
 
 EXPERTS, WIDTH, HIDDEN, TOP_K, TOKENS = 128, 768, 2048, 8, 2048
 PRODUCT = 4096

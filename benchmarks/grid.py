@@ -53,7 +53,7 @@ def main() -> None:
             ranking = ["--ranking", args.results / "rankings" / f"{scoring}.json"]
             choice = ["--grouping", grouping, "--scaling", scaling, "--keep", keep]
             seconds = run("merge", args.teacher, student, *options, *ranking, *choice)
-            separate.append(seconds + run("perplexity", student, "--calibration", tokens))
+            separate.append(seconds + run("perplexity", student, "--tokens", tokens))
     each = sum(separate) / len(separate)
     report(
         "separate conversions / grid",

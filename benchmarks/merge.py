@@ -21,7 +21,7 @@ from m2d.artifacts import flush_to_disk
 from m2d.choose.plan import plan_from_dict
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.teacher import open_teacher
-from m2d.stages.merge import write_student
+from m2d.students.merge import write_student
 
 KEEP = 8
 REPEATS = 5

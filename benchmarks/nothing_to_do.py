@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from common import report
 
-from m2d.config import load_config
+from m2d.pipeline.settings import load_config
 
 TARGET_SECONDS = 5.0
 FILES = {".json", ".jsonl", ".parquet", ".safetensors"}

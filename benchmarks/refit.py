@@ -21,9 +21,9 @@ from merge import plan_for
 
 from m2d.choose.plan import plan_from_dict
 from m2d.models.teacher import open_teacher
-from m2d.stages.merge import write_student
-from m2d.stages.refit import refit, refit_record, write_refitted
-from m2d.stages.refit_math import Moments, solve_ridge
+from m2d.refit.refit import refit, refit_record, write_refitted
+from m2d.refit.ridge import Moments, solve_ridge
+from m2d.students.merge import write_student
 
 WIDTH, HIDDEN = 6144, 2048
 PAPER_TOKENS = 512 * 2048

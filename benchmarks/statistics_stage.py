@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from m2d.conversion import collect_statistics
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
-from m2d.stages.stats import RoutingTotals
+from m2d.statistics.routing import RoutingTotals
 
 CPU = torch.device("cpu")
 LENGTH, BATCH, HIDDEN = 512, 4, 2048

@@ -16,27 +16,52 @@ from m2d.gpus import take_gpu
 COMMANDS = {
     "convert": ("m2d.conversion", "turn a teacher into a dense student, in one call"),
     "inspect": ("m2d.inspect", "facts and sizes of a teacher and its students, from its config"),
-    "plan": ("m2d.cost.plan", "what a target of the workflow will take, before it runs"),
-    "calibrate": ("m2d.stages.calibrate", "make calibration tokens from text"),
-    "stats": ("m2d.stages.stats", "routing statistics of every layer and expert"),
-    "gram": ("m2d.stages.gram", "Gram statistics of every layer's experts"),
-    "combine": ("m2d.stages.combine", "add up statistics that several jobs took shares of"),
-    "rank": ("m2d.stages.rank", "order the experts of every layer by one scoring method"),
-    "grid": ("m2d.stages.grid", "perplexity of every configuration of one scoring method"),
-    "neurons": ("m2d.stages.neurons", "what every single neuron contributes"),
-    "merge": ("m2d.stages.merge", "write one student"),
-    "prune": ("m2d.stages.prune", "prune a dense teacher, for the dense-to-dense baseline"),
-    "baseline": ("m2d.stages.baseline", "a student with new weights in its FFNs, or everywhere"),
-    "refit": ("m2d.stages.refit", "solve a student's down projections in closed form"),
-    "perplexity": ("m2d.stages.perplexity", "perplexity of a teacher or student"),
-    "distill": ("m2d.stages.distill", "train a student on its teacher's outputs"),
-    "outputs": ("m2d.stages.outputs", "store a teacher's outputs for many distillations"),
-    "evaluate": ("m2d.stages.evaluate", "score a model on one lm-eval task"),
-    "card": ("m2d.stages.card", "renew a student's model card with its scores"),
-    "tables": ("m2d.stages.tables", "gather results into tables"),
-    "figures": ("m2d.stages.figures", "draw the figures of the tables"),
-    "demo": ("m2d.demo_command", "the demo corpus and teacher"),
+    "estimate": (
+        "m2d.pipeline.estimate",
+        "what a target of the workflow will take, before it runs",
+    ),
+    "tokenize": ("m2d.tokens.tokenize", "make a token file from text"),
+    "stats": ("m2d.statistics.routing", "routing statistics of every layer and expert"),
+    "gram": ("m2d.statistics.gram", "Gram statistics of every layer's experts"),
+    "combine": ("m2d.statistics.shards", "add up statistics that several jobs took shares of"),
+    "rank": ("m2d.statistics.rank", "order the experts of every layer by one scoring method"),
+    "grid": ("m2d.students.grid", "perplexity of every configuration of one scoring method"),
+    "neurons": ("m2d.statistics.neurons", "what every single neuron contributes"),
+    "merge": ("m2d.students.merge", "write one student"),
+    "prune": ("m2d.baselines.prune", "prune a dense teacher, for the dense-to-dense baseline"),
+    "baseline": ("m2d.baselines.random", "a student with new weights in its FFNs, or everywhere"),
+    "refit": ("m2d.refit.refit", "solve a student's down projections in closed form"),
+    "perplexity": ("m2d.evaluate.perplexity", "perplexity of a teacher or student"),
+    "distill": ("m2d.distill.run", "train a student on its teacher's outputs"),
+    "teacher-logits": (
+        "m2d.distill.teacher_logits",
+        "store a teacher's logits for many distillations",
+    ),
+    "evaluate": ("m2d.evaluate.lm_eval", "score a model on one lm-eval task"),
+    "card": ("m2d.report.cards", "renew a student's model card with its scores"),
+    "tables": ("m2d.report.tables", "gather results into tables"),
+    "figures": ("m2d.report.figures", "draw the figures of the tables"),
+    "demo": ("m2d.demo.command", "the demo corpus and teacher"),
 }
+
+
+# What commands and options were called before; each is still understood, with a line that says so.
+RENAMED = {"calibrate": "tokenize", "outputs": "teacher-logits", "plan": "estimate"}
+RENAMED_OPTIONS = {"--calibration": "--tokens", "--teacher-outputs": "--teacher-logits"}
+
+
+def with_new_names(arguments: list[str]) -> list[str]:
+    """The words of a command line, commands and options of earlier releases replaced by today's."""
+    command = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
+    new = []
+    for i, word in enumerate(arguments):
+        option, equals, value = word.partition("=")
+        now = RENAMED.get(word) if i == command else RENAMED_OPTIONS.get(option)
+        if now:
+            print(f"m2d: {option} is now called {now}", file=sys.stderr)
+            word = now + equals + value
+        new.append(word)
+    return new
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -57,7 +82,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 2 bad input, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = with_new_names(sys.argv[1:] if arguments is None else arguments)
     command = next((word for word in arguments if not word.startswith("-")), None)
     args = build_parser(command).parse_args(arguments)
     # A terminated run unwinds like an interrupted one, so that no temporary file remains.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from m2d.artifacts import require_absent, sha256_of
-from m2d.choose.inputs import LayerStatistics
+from m2d.choose.layer_statistics import LayerStatistics
 from m2d.choose.names import DEFAULTS, identifiers, resolve
 from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.plan import Plan, check_keep, make_plan
@@ -19,15 +19,15 @@ from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options, positive
 from m2d.progress import say
-from m2d.stages.calibrate import add_text_options, tokens_from
-from m2d.stages.gram import GramTotals
-from m2d.stages.merge import write_student
-from m2d.stages.neurons import collect
-from m2d.stages.refit import VARIANTS, WEIGHTINGS, refit_record, write_refitted
-from m2d.stages.refit import refit as refit_student
-from m2d.stages.stats import RoutingTotals
-from m2d.stages.widths import add_width_options, chosen_width
-from m2d.tokens import read_tokens
+from m2d.refit.refit import VARIANTS, WEIGHTINGS, refit_record, write_refitted
+from m2d.refit.refit import refit as refit_student
+from m2d.statistics.gram import GramTotals
+from m2d.statistics.neurons import collect
+from m2d.statistics.routing import RoutingTotals
+from m2d.students.merge import write_student
+from m2d.students.widths import add_width_options, chosen_width
+from m2d.tokens.files import read_tokens
+from m2d.tokens.tokenize import add_text_options, tokens_from
 
 GRANULARITIES = ("experts", "neurons")
 
@@ -47,7 +47,7 @@ def convert(
     refit: str | None = None,
     weighting: str = WEIGHTINGS[0],
     text: Sequence[str | Path] | None = None,
-    calibration: str | Path | None = None,
+    tokens: str | Path | None = None,
     dataset: str | None = None,
     sequences: int = 512,
     length: int = 2048,
@@ -64,14 +64,14 @@ def convert(
     "contribution" or "greedy": `width` of a layer, or as many as a student of `params` parameters
     has (default: the width of the router's top-k). refit: "layer" or "sequential" to solve the down
     projections anew, with the tokens' `weighting` "equal" or "relative" (docs/closed-form.md).
-    One of text (files), calibration (a token file) or dataset (NAME[@CONFIG][:SPLIT[:COLUMN]])
+    One of text (files), tokens (a token file) or dataset (NAME[@CONFIG][:SPLIT[:COLUMN]])
     gives the calibration tokens; sequences and length say how many, for text and dataset.
     dtype: of the computation and of the student; the checkpoint's by default.
 
     Raises UserError on bad input, before anything is written.
     """
-    if sum(source is not None for source in (text, calibration, dataset)) != 1:
-        raise UserError("give one of text, calibration, dataset as the calibration data")
+    if sum(source is not None for source in (text, tokens, dataset)) != 1:
+        raise UserError("give one of text, tokens, dataset as the calibration data")
     for kind, value, known in (
         ("refit", refit or VARIANTS[0], VARIANTS),
         ("weighting", weighting, WEIGHTINGS),
@@ -90,24 +90,24 @@ def convert(
     check_size(opened, granularity, keep, width, params)
     compute_dtype, chosen_device = pick_dtype(dtype, opened.dtype), pick_device(device)
 
-    if calibration is not None:
-        tokens = read_tokens(calibration, opened.config.vocab_size)
-        source = Path(calibration).name
+    if tokens is not None:
+        input_ids = read_tokens(tokens, opened.config.vocab_size)
+        source = Path(tokens).name
     else:
-        tokens = tokens_from(opened.folder, text, dataset, length, sequences)
+        input_ids = tokens_from(opened.folder, text, dataset, length, sequences)
         source = ", ".join(Path(file).name for file in text) if text else str(dataset)
-    if refit and len(tokens) < 2:
+    if refit and len(input_ids) < 2:
         raise UserError("--refit needs at least 2 sequences: some to fit, some to hold out")
     stream = StreamedTeacher(opened, compute_dtype, chosen_device)
     if granularity == "neurons":
         neurons = chosen_width(opened, width, params)
-        layers = collect(stream, tokens, batch, neurons if choice == "greedy" else None)
+        layers = collect(stream, input_ids, batch, neurons if choice == "greedy" else None)
         plan = neuron_plan(layers, neurons, choice)
     else:
-        plan = plan_of_experts(stream, tokens, batch, keep or opened.top_k, **methods)
-    about = {"source": source, "sequences": tokens.shape[0], "length": tokens.shape[1]}
-    if calibration is not None:
-        about["sha256"] = sha256_of(calibration)
+        plan = plan_of_experts(stream, input_ids, batch, keep or opened.top_k, **methods)
+    about = {"source": source, "sequences": input_ids.shape[0], "length": input_ids.shape[1]}
+    if tokens is not None:
+        about["sha256"] = sha256_of(tokens)
     record = {"calibration": about}
     disk_dtype = compute_dtype if dtype else None
     if refit is None:
@@ -119,10 +119,10 @@ def convert(
         fresh = open_teacher(opened.folder)  # the stream took the other's layers apart
         fresh.name = opened.name
         found = refit_student(
-            fresh, merged, tokens, refit, weighting=weighting,
+            fresh, merged, input_ids, refit, weighting=weighting,
             dtype=compute_dtype, device=chosen_device, batch=batch,
         )  # fmt: skip
-        about_refit = refit_record(refit, tokens, found, compute_dtype, weighting)
+        about_refit = refit_record(refit, input_ids, found, compute_dtype, weighting)
         return write_refitted(merged, out, opened.family, found, about_refit)
 
 
@@ -199,7 +199,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weighting", choices=WEIGHTINGS, default=WEIGHTINGS[0], help="of a refit's tokens (equal)"
     )
     source = add_text_options(parser)
-    source.add_argument("--calibration", metavar="FILE", help="token file from m2d calibrate")
+    source.add_argument("--tokens", metavar="FILE", help="token file from m2d tokenize")
     parser.add_argument("--sequences", type=positive, default=512, help="(default: 512)")
     parser.add_argument("--length", type=positive, default=2048, help="tokens each (default: 2048)")
     add_compute_options(parser)

@@ -14,8 +14,8 @@ from m2d.errors import UserError
 
 SHARED = "M2D_SHARED_GPUS"
 COMMANDS = {
-    "distill", "evaluate", "gram", "grid", "neurons", "outputs", "perplexity", "prune", "refit",
-    "stats",
+    "distill", "evaluate", "gram", "grid", "neurons", "perplexity", "prune", "refit", "stats",
+    "teacher-logits",
 }  # fmt: skip
 # Open files keep their locks until the process ends.
 HELD: list[IO[str]] = []

@@ -4,7 +4,6 @@ import argparse
 import json
 from typing import Any
 
-from m2d.models.student import build_student_skeleton, student_width
 from m2d.models.teacher import (
     Teacher,
     count_parameters,
@@ -17,9 +16,10 @@ from m2d.models.teacher import (
     read_config,
 )
 from m2d.options import positive
-from m2d.stages.gram import CHUNK_BYTES
-from m2d.stages.grid import paper_keeps
-from m2d.stages.widths import add_width_options, chosen_width
+from m2d.statistics.gram import CHUNK_BYTES
+from m2d.students.grid import paper_keeps
+from m2d.students.tensors import build_student_skeleton, student_width
+from m2d.students.widths import add_width_options, chosen_width
 
 # The interpreter and its libraries.
 BASE_BYTES = 600_000_000

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from m2d.choose.inputs import GramStatistics, LayerStatistics, RoutingStatistics
+from m2d.choose.layer_statistics import GramStatistics, LayerStatistics, RoutingStatistics
 
 ROUTING = (
     "n_selected",

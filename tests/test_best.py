@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from m2d.best import best_configuration
 from m2d.errors import UserError
+from m2d.pipeline.best import best_configuration
 
 
 @pytest.fixture

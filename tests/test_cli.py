@@ -128,7 +128,7 @@ def test_an_unreadable_shard(tiny_teacher, out, tiny_text, capsys, tmp_path, cut
 
 def test_token_ids_outside_the_vocabulary(tiny_teacher, out, capsys, tmp_path) -> None:
     write_tokens(tmp_path / "c.safetensors", torch.full((2, 8), 300), {})
-    words = ["convert", tiny_teacher, out, "--calibration", tmp_path / "c.safetensors"]
+    words = ["convert", tiny_teacher, out, "--tokens", tmp_path / "c.safetensors"]
     assert "token id 300 is outside the model's vocabulary of 300" in refused(words, out, capsys)
 
 
@@ -142,7 +142,7 @@ def test_token_ids_outside_the_vocabulary(tiny_teacher, out, capsys, tmp_path) -
 )
 def test_a_file_that_holds_no_tokens(tiny_teacher, out, capsys, tmp_path, tensors) -> None:
     save_file(tensors, tmp_path / "c.safetensors")
-    words = ["convert", tiny_teacher, out, "--calibration", tmp_path / "c.safetensors"]
+    words = ["convert", tiny_teacher, out, "--tokens", tmp_path / "c.safetensors"]
     assert "input_ids" in refused(words, out, capsys)
 
 
@@ -164,7 +164,7 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_ranking_needs_no_torch() -> None:
-    code = "import sys, m2d.stages.rank; assert 'torch' not in sys.modules"
+    code = "import sys, m2d.statistics.rank; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

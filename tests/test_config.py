@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from m2d.config import check_config, load_config
 from m2d.errors import UserError
+from m2d.pipeline.settings import check_config, load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCHEMA = REPOSITORY / "workflow" / "schemas" / "config.schema.yaml"
@@ -70,11 +70,11 @@ def test_paper_scale(original: dict[str, Any]) -> None:
         ("recipes.demo.warmup_steps", 79, "recipes.demo.steps: 80 is less than"),
         ("recipes.demo.min_learning_rate", 1, "recipes.demo.min_learning_rate: 1 is more than"),
         ("recipes.paper-300m-stored.loss", "reverse_kl", "recipes.paper-300m-stored.loss: "
-         "reverse_kl, but with teacher_outputs it is forward_kl"),
+         "reverse_kl, but with teacher_logits it is forward_kl"),
         ("students.top-k8.keep", 10, "students.top-k8.keep: 10 is not among teachers.qwen3-30b-a3b"
          ".keeps, 8, 16, 32, 64, 128"),
         ("students.top-k8.best_of", [], "students.top-k8.best_of: "),
-        ("recipes.paper-300m-stored.teacher_outputs.kind", "best", "kind: unknown value 'best'"),
+        ("recipes.paper-300m-stored.teacher_logits.kind", "best", "kind: unknown value 'best'"),
         ("recipes.paper-4b.gpus", 7, "paper-4b.batch: 384 is not a multiple of device_batch times"),
         ("students.do-acp-k4.scoring", "DO-APC", "students.do-acp-k4.scoring: unknown scoring "
          "'DO-APC'; did you mean gld_reap?"),

@@ -118,9 +118,9 @@ def stages(tmp_path_factory, tiny_teacher, tiny_text) -> Path:  # type: ignore[n
     tokens = str(folder / "tokens.safetensors")
     teacher = str(tiny_teacher)
     calls = [
-        ["calibrate", teacher, tokens, "--text", tiny_text, "--sequences", "8", "--length", "16"],
-        ["stats", teacher, folder / "statistics.parquet", "--calibration", tokens],
-        ["gram", teacher, folder / "gram.safetensors", "--calibration", tokens],
+        ["tokenize", teacher, tokens, "--text", tiny_text, "--sequences", "8", "--length", "16"],
+        ["stats", teacher, folder / "statistics.parquet", "--tokens", tokens],
+        ["gram", teacher, folder / "gram.safetensors", "--tokens", tokens],
         ["rank", folder / "reap.json", *inputs(folder), "--scoring", "ACP"],
     ]
     for call in calls:
@@ -142,7 +142,7 @@ def merge_call(stages: Path, teacher: Path, out: Path, keep: int = 4) -> list[st
 def test_stages_and_convert_give_the_same_student(stages: Path, tiny_teacher, tmp_path) -> None:
     assert main(merge_call(stages, tiny_teacher, tmp_path / "a")) == 0
     m2d.convert(
-        tiny_teacher, tmp_path / "b", calibration=stages / "tokens.safetensors",
+        tiny_teacher, tmp_path / "b", tokens=stages / "tokens.safetensors",
         scoring="reap", grouping="output_cluster", scaling="proportional", keep=4,
     )  # fmt: skip
     by_hand, at_once = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
@@ -182,9 +182,7 @@ def test_grid_and_written_students_agree(stages: Path, tiny_teacher, tmp_path, c
     for keep in (2, 4):
         assert main(merge_call(stages, tiny_teacher, tmp_path / f"s{keep}", keep)) == 0
         capsys.readouterr()
-        assert (
-            main(["perplexity", str(tmp_path / f"s{keep}"), "--calibration", tokens, "--json"]) == 0
-        )
+        assert main(["perplexity", str(tmp_path / f"s{keep}"), "--tokens", tokens, "--json"]) == 0
         written = json.loads(capsys.readouterr().out)
         row = rows.query(f"grouping=='output_cluster' and scaling=='proportional' and keep=={keep}")
         assert written["perplexity"] == pytest.approx(row.perplexity.item(), rel=1e-6)
@@ -200,7 +198,7 @@ def test_perplexity_by_hand(tiny_teacher: Path, stages: Path, capsys) -> None:
     expected = torch.exp(-chosen.mean()).item()
     windows = -chosen[:, :, 0].mean(1)
     error = expected * (windows.var() / len(windows)).sqrt().item()
-    call = ["perplexity", str(tiny_teacher), "--calibration", str(stages / "tokens.safetensors")]
+    call = ["perplexity", str(tiny_teacher), "--tokens", str(stages / "tokens.safetensors")]
     assert main([*call, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["perplexity"] == pytest.approx(expected, rel=1e-6)

@@ -1,4 +1,4 @@
-"""`m2d plan`: the sums by hand, and the workflow's own jobs."""
+"""`m2d estimate`: the sums by hand, and the workflow's own jobs."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from test_needs import SMALL
 from workflow_project import REPOSITORY
 
 from m2d.cli import main
-from m2d.cost.plan import Job, as_text, jobs_of, plan_of
+from m2d.pipeline.estimate import Job, as_text, jobs_of, plan_of
 
 DRY_RUN = """
 Building DAG of jobs...
@@ -124,7 +124,7 @@ def test_unknown_target_is_one_line(
     monkeypatch.chdir(REPOSITORY)
     assert main(["plan", "all_hedline"]) == 2
     error = capsys.readouterr().err
-    assert "m2d plan: error: all_hedline: snakemake --dry-run failed" in error
+    assert "m2d estimate: error: all_hedline: snakemake --dry-run failed" in error
     assert error.count("\n") == 1
 
 
@@ -133,4 +133,4 @@ def test_elsewhere_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "all_demo"]) == 2
-    assert "run m2d plan in the folder of the workflow" in capsys.readouterr().err
+    assert "run m2d estimate in the folder of the workflow" in capsys.readouterr().err

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from m2d.demo.tasks import CHOICES, TASKS, cut, described_parameters, write_demo_tasks
 from m2d.errors import UserError
-from m2d.stages.demo_tasks import CHOICES, TASKS, cut, described_parameters, write_demo_tasks
-from m2d.stages.evaluate import evaluate
+from m2d.evaluate.lm_eval import evaluate
 
 WORDS = ["expert", "router", "token", "layer", "dense", "sparse", "merge", "score", "large"]
 STYLES = (

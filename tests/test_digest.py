@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from m2d.choose.names import identifiers
-from m2d.digest import code_digest, load, reachable
+from m2d.pipeline.digest import code_digest, load, reachable
 
 SOURCES = {
     "__init__.py": "",
@@ -137,13 +137,13 @@ def test_chosen_method_alone(digest_after: Callable[..., str]) -> None:
 
 
 def test_unknown_entry() -> None:
-    with pytest.raises(ValueError, match=r"m2d\.stages\.nothing"):
-        code_digest("m2d.stages.nothing")
+    with pytest.raises(ValueError, match=r"m2d\.statistics\.nothing"):
+        code_digest("m2d.statistics.nothing")
 
 
 def test_rank_reaches_its_method_and_no_other() -> None:
     names = {
-        scoring: {name for _, name in reachable("m2d.stages.rank", {"scoring": [scoring]})}
+        scoring: {name for _, name in reachable("m2d.statistics.rank", {"scoring": [scoring]})}
         for scoring in identifiers("scoring")
     }
     for scoring, found in names.items():
@@ -153,8 +153,18 @@ def test_rank_reaches_its_method_and_no_other() -> None:
     assert "conditional_probability" in names["reap"]
 
 
-@pytest.mark.parametrize("stage", ["stats", "gram", "grid", "merge", "distill", "evaluate"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "statistics.routing",
+        "statistics.gram",
+        "students.grid",
+        "students.merge",
+        "distill.run",
+        "evaluate.lm_eval",
+    ],
+)
 def test_stages_after_ranking_do_not_reach_scoring(stage: str) -> None:
     """Or an edit to a scoring method would re-run them whatever its ranking."""
-    found = reachable(f"m2d.stages.{stage}", {})
+    found = reachable(f"m2d.{stage}", {})
     assert not [key for key in found if key[0] == "m2d.choose.scoring"]

@@ -32,10 +32,11 @@ from transformers import (
 )
 
 from m2d.cli import main
-from m2d.distill import data, watch
-from m2d.distill.data import PackedTokens, mixture, pack_tokens, write_packed
+from m2d.distill import watch
 from m2d.distill.trainer import check_head, hidden_states
 from m2d.errors import UserError
+from m2d.tokens import packed as data
+from m2d.tokens.packed import PackedTokens, mixture, pack_tokens, write_packed
 
 STEPS = 6
 LEARNING_RATE = 0.01
@@ -462,7 +463,7 @@ def test_calibrate_mixes_sources(tmp_path: Path, capsys: pytest.CaptureFixture) 
     one.write_text("\n".join(lines["one"]))
     (tmp_path / "folder" / "b.jsonl").write_text("\n".join(lines["three"]))
     (tmp_path / "folder" / "a.jsonl").write_text("\n".join(lines["two"]))
-    command = ["calibrate", str(tmp_path / "teacher"), "OUT", "--sequences", "50", "--length", "32"]
+    command = ["tokenize", str(tmp_path / "teacher"), "OUT", "--sequences", "50", "--length", "32"]
 
     def ids_of(*source: str) -> torch.Tensor:
         out = tmp_path / "tokens.safetensors"

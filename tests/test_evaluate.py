@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from m2d import cli
 from m2d.errors import UserError
-from m2d.stages.evaluate import evaluate
+from m2d.evaluate.lm_eval import evaluate
 
 WORDS = ["expert", "router", "token", "layer", "dense", "sparse", "merge", "score", "large"]
 SEED = 1234  # lm-eval's default seed for drawing few-shot examples
@@ -476,7 +476,7 @@ def test_an_emo_teacher(tmp_path: Path, name: str) -> None:
     options = ["--dtype", "float32", "--device", "cpu"]
     task = ["--task", "winogrande", "--shots", "0", "--datasets", tmp_path, "--batch-size", "5"]
     run("evaluate", teacher, tmp_path / "scores.json", *task, *options)
-    measure = ["--calibration", tmp_path / "tokens.safetensors", "--out", tmp_path / "p.json"]
+    measure = ["--tokens", tmp_path / "tokens.safetensors", "--out", tmp_path / "p.json"]
     run("perplexity", teacher, *measure, *options)
 
     slow, right = SlowEmo(teacher), 0

@@ -20,14 +20,14 @@ from m2d.cli import main
 from m2d.conversion import collect_statistics
 from m2d.inspect import inspect
 from m2d.models import checkpoint
+from m2d.models.derive import describe
 from m2d.models.families import FAMILIES
-from m2d.models.generic import describe
 from m2d.models.stream import StreamedTeacher
-from m2d.models.student import StudentTensors
 from m2d.models.teacher import open_teacher, read_config
-from m2d.stages.grid import GridStudent
-from m2d.stages.merge import write_student
-from m2d.statistics import SUMS
+from m2d.statistics.files import SUMS
+from m2d.students.grid import GridStudent
+from m2d.students.merge import write_student
+from m2d.students.tensors import StudentTensors
 
 CPU = torch.device("cpu")
 STUDENTS = {

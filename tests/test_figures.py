@@ -11,10 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from m2d import cli
-from m2d.plots import experts, grid
-from m2d.plots.style import new_figure, plain_log
-from m2d.stages.figures import FIGURES, read_grams, read_statistics
-from m2d.stages.tables import make_tables
+from m2d.report import plot_experts as experts
+from m2d.report import plot_grid as grid
+from m2d.report.figures import FIGURES, read_grams, read_statistics
+from m2d.report.plot_style import new_figure, plain_log
+from m2d.report.tables import make_tables
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from workflow_project import REPOSITORY
 
-from m2d.results import read_benchmarks
+from m2d.report.results import read_benchmarks
 
 LAUNCH = REPOSITORY / "workflow" / "scripts" / "launch.sh"
 SIGNALS = "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout 280"

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from m2d import cli
 from m2d.choose.names import TERMS
 from m2d.errors import UserError
-from m2d.model_card import GROUPINGS, SCALINGS, SCORINGS, model_card
-from m2d.stages import card
+from m2d.report import cards as card
+from m2d.students.card import GROUPINGS, SCALINGS, SCORINGS, model_card
 
 PROVENANCE = {
     "teacher": {"name": "Qwen/Qwen3-30B-A3B", "model_type": "qwen3_moe", "license": "apache-2.0"},
@@ -87,7 +87,7 @@ def test_card_renewed_with_scores(tmp_path: Path) -> None:
     perplexity = run.write_json(tmp_path / "p.json", {"perplexity": 12.5, "n_tokens": 9000})
     tokens = tmp_path / "tokens.safetensors"
     save_file({"input_ids": np.zeros((4, 16), np.int64)}, tokens, {"source": "other text"})
-    files = ["--perplexity", perplexity, "--evaluation", evaluation, "--calibration", tokens]
+    files = ["--perplexity", perplexity, "--evaluation", evaluation, "--tokens", tokens]
     assert run_card("--out", tmp_path / "cards", student, *files) == 0
     text = (student / "README.md").read_text(encoding="utf-8")
     assert (tmp_path / "cards" / "student.md").read_text(encoding="utf-8") == text
@@ -106,7 +106,7 @@ def test_each_of_several_students_gets_its_own_scores(tmp_path: Path) -> None:
     run.write_json(fresh / "m2d.json", {"baseline": {"kind": "random_ffn"}})
     students = [*(file.parent for file in files["provenance"]), fresh]
     words = ["--out", tmp_path / "cards", *students, "--perplexity", *files["perplexity"]]
-    words += ["--evaluation", *files["evaluation"], "--calibration", tokens]
+    words += ["--evaluation", *files["evaluation"], "--tokens", tokens]
     assert run_card(*words) == 0
     for student in students[:-1]:
         text = (student / "README.md").read_text(encoding="utf-8")

@@ -7,9 +7,11 @@ import pytest
 from test_family_sizes import DEEPSEEK_V2_LITE, EMO_1B_14B, GPT_OSS_20B, QWEN3_30B_A3B
 from workflow_project import REPOSITORY
 
-from m2d.config import load_config
-from m2d.cost.jobs import need_of, resources_of, with_student
-from m2d.cost.needs import (
+from m2d.errors import UserError
+from m2d.inspect import inspect, inspect_dense
+from m2d.models.teacher import open_teacher
+from m2d.pipeline.jobs import need_of, resources_of, with_student
+from m2d.pipeline.resources import (
     Hardware,
     distillation,
     distinct_students,
@@ -17,14 +19,12 @@ from m2d.cost.needs import (
     gram,
     grid,
     merge,
-    outputs,
     perplexity_of_student,
     read_sizes,
     statistics,
+    teacher_logits,
 )
-from m2d.errors import UserError
-from m2d.inspect import inspect, inspect_dense
-from m2d.models.teacher import open_teacher
+from m2d.pipeline.settings import load_config
 
 SIZES = REPOSITORY / "workflow" / "resources" / "sizes"
 QWEN3_32B = {
@@ -160,14 +160,14 @@ def test_distillation_by_hand() -> None:
 
 def test_stored_outputs_take_the_teacher_out_of_distillation() -> None:
     recipe = {"steps": 3, "batch": 8, "device_batch": 2, "learning_rate": 1e-4}
-    stored = {**recipe, "teacher_outputs": {"kind": "top", "size": 7, "parts": 2}}
+    stored = {**recipe, "teacher_logits": {"kind": "top", "size": 7, "parts": 2}}
     live, student = (distillation(SMALL, 2, r, 10, Hardware()) for r in (recipe, stored))
     assert live.flops - student.flops == 2 * 600 * 240
     assert live.gpu_memory - student.gpu_memory == 1000 * 2
-    need = outputs({**SMALL, "vocab_size": 2**16}, 2, stored, 120, Hardware())
+    need = teacher_logits({**SMALL, "vocab_size": 2**16}, 2, stored, 120, Hardware())
     assert need.flops == 2 * 600 * 120
     assert need.write == 120 * 7 * (2 + 2)
-    large = outputs({**SMALL, "vocab_size": 2**16 + 1}, 2, stored, 120, Hardware())
+    large = teacher_logits({**SMALL, "vocab_size": 2**16 + 1}, 2, stored, 120, Hardware())
     assert large.write == 120 * 7 * (2 + 4)
 
 

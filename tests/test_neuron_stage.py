@@ -19,8 +19,8 @@ from m2d.errors import UserError
 from m2d.inspect import inspect
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import count_parameters, open_teacher
-from m2d.stages.neurons import collect, read_neurons, write_neurons
-from m2d.stages.widths import number_of_parameters, parameters_of, width_for
+from m2d.statistics.neurons import collect, read_neurons, write_neurons
+from m2d.students.widths import number_of_parameters, parameters_of, width_for
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(3))
 EXPERTS, WIDTH, TOP_K, HIDDEN = 8, 16, 2, 32  # of conftest's teacher
@@ -112,7 +112,7 @@ def test_stages_write_the_student_of_these_neurons(
     write_tokens(tmp_path / "tokens.safetensors", TOKENS, {"source": "random"})
     teacher, tokens = str(tiny_teacher), str(tmp_path / "tokens.safetensors")
     calls = [
-        ["neurons", teacher, "n.safetensors", "--calibration", tokens],
+        ["neurons", teacher, "n.safetensors", "--tokens", tokens],
         ["merge", teacher, "s", "--neurons", "n.safetensors", "--width", "40"],
         ["merge", teacher, "again", "--plan", "s/plan.json"],
     ]
@@ -164,7 +164,7 @@ def test_options_of_merge_that_do_not_go_together(
         assert main(["merge", str(tiny_teacher), str(tmp_path / "s"), *options]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
-    call = ["neurons", str(tiny_teacher), str(tmp_path / "n"), "--calibration", "c"]
+    call = ["neurons", str(tiny_teacher), str(tmp_path / "n"), "--tokens", "c"]
     assert main([*call, "--width", "8"]) == 2
     assert "--width: is of use with --choice greedy alone" in capsys.readouterr().err
 
@@ -175,7 +175,7 @@ def test_greedy_neurons_in_one_call_are_those_of_the_stages(
     write_tokens(tmp_path / "tokens.safetensors", TOKENS, {"source": "random"})
     tokens = str(tmp_path / "tokens.safetensors")
     out = m2d.convert(
-        tiny_teacher, tmp_path / "s", calibration=tokens, dtype="float32",
+        tiny_teacher, tmp_path / "s", tokens=tokens, dtype="float32",
         granularity="neurons", choice="greedy", width=40, refit="layer", weighting="relative",
     )  # fmt: skip
     layers = collect(stream_of(tiny_teacher), TOKENS, 8, greedy=40)

@@ -24,12 +24,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from m2d.choose.pruning import Importance, Shape, choose_cut
+from m2d.baselines.dense import open_dense
+from m2d.baselines.importance import Importance, Shape, choose_cut
+from m2d.baselines.prune import measure_importance
 from m2d.cli import main
 from m2d.errors import UserError
-from m2d.models.dense import open_dense
 from m2d.models.stream import StreamedTeacher
-from m2d.stages.prune import measure_importance
 
 SIZES = {
     "vocab_size": 300,
@@ -88,7 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prune(place: Path, name: str, out: Path, *options: str) -> int:
     tokens = str(place / "tokens.safetensors")
-    command = ["prune", str(place / name), str(out), "--calibration", tokens, "--batch", "4"]
+    command = ["prune", str(place / name), str(out), "--tokens", tokens, "--batch", "4"]
     return main([*command, "--device", "cpu", *options])
 
 
@@ -281,7 +281,7 @@ def test_what_does_nothing_goes_first(tmp_path: Path, place: Path) -> None:
     model.save_pretrained(tmp_path / "teacher")
     out = tmp_path / "student"
     tokens = str(place / "tokens.safetensors")
-    command = ["prune", str(tmp_path / "teacher"), str(out), "--calibration", tokens]
+    command = ["prune", str(tmp_path / "teacher"), str(out), "--tokens", tokens]
     assert main([*command, "--layers", "3", "--intermediate-size", "24", "--device", "cpu"]) == 0
     ids = load_file(tokens)["input_ids"]
     student = AutoModelForCausalLM.from_pretrained(out)
@@ -328,15 +328,15 @@ def test_bad_input_is_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
     out = tmp_path / "out"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    tokens = ["--calibration", str(place / "tokens.safetensors")]
+    tokens = ["--tokens", str(place / "tokens.safetensors")]
     dense = str(place / "qwen3")
     for command, message in (
         ([str(tmp_path / "moe"), str(out), *tokens], "knows dense models of qwen3, llama"),
-        ([dense, str(out)], "give the folder to write and --calibration"),
+        ([dense, str(out)], "give the folder to write and --tokens"),
         ([dense, str(out), *tokens, "--layers", "5"], "--layers 5: must lie between 1 and"),
         ([str(place / "llama"), str(out), *tokens, "--hidden-size", "20"], "not a multiple of"),
         ([dense, str(tmp_path / "full"), *tokens], "exists already"),
-        ([dense, str(out), "--calibration", dense], "not a readable token file"),
+        ([dense, str(out), "--tokens", dense], "not a readable token file"),
     ):
         assert main(["prune", *command]) == 2
         error = capsys.readouterr().err.strip()

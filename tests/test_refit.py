@@ -15,7 +15,7 @@ import m2d
 from m2d.cli import main
 from m2d.errors import UserError
 from m2d.models.teacher import open_teacher
-from m2d.stages.refit import as_on_disk, held_out_sequences, refit, write_refitted
+from m2d.refit.refit import as_on_disk, held_out_sequences, refit, write_refitted
 
 TOKENS = torch.randint(0, VOCABULARY, (24, 16), generator=torch.Generator().manual_seed(5))
 OPTIONS = {"dtype": torch.float64, "device": torch.device("cpu"), "batch": 5}
@@ -208,7 +208,7 @@ def test_dense_layers_of_the_teacher_stay(tmp_path: Path, tiny_text: Path) -> No
 
 def test_command(student: Path, tiny_teacher: Path, calibration: Path, tmp_path: Path) -> None:
     call = ["refit", str(student), str(tiny_teacher), str(tmp_path / "r")]
-    assert main([*call, "--calibration", str(calibration), "--variant", "layer"]) == 0
+    assert main([*call, "--tokens", str(calibration), "--variant", "layer"]) == 0
     about = json.loads((tmp_path / "r/m2d.json").read_text())
     assert about["refit"]["variant"] == "layer"
     assert about["refit"]["sequences"] == 24
@@ -245,7 +245,7 @@ def test_bad_input_is_one_line(
     ]
     capsys.readouterr()
     for words, tokens, message in wrong:
-        assert main(["refit", *words, "--calibration", str(tokens)]) == 2
+        assert main(["refit", *words, "--tokens", str(tokens)]) == 2
         errors = capsys.readouterr().err.strip().splitlines()
         assert len(errors) == 1
         assert message in errors[0]

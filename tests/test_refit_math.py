@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from m2d.errors import UserError
-from m2d.stages.refit_math import (
+from m2d.refit.ridge import (
     Moments,
     choose_ridge,
     refit_down,

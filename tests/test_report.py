@@ -13,9 +13,9 @@ import pytest
 import synthetic_run as run
 from browser import Page
 
-from m2d.plots.style import save
-from m2d.stages.figures import FIGURES, make_figures
-from m2d.stages.tables import TABLES, make_tables, write_table
+from m2d.report.figures import FIGURES, make_figures
+from m2d.report.plot_style import save
+from m2d.report.tables import TABLES, make_tables, write_table
 
 # One report for all tests: keep them in one process under pytest-xdist.
 pytestmark = pytest.mark.xdist_group("report")

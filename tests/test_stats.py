@@ -9,17 +9,17 @@ from conftest import VOCABULARY, make_teacher, write_tokens
 from transformers import AutoModelForCausalLM
 
 from m2d import cli
-from m2d.choose.inputs import LayerStatistics
+from m2d.choose.layer_statistics import LayerStatistics
 from m2d.conversion import collect_statistics
 from m2d.errors import UserError
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
-from m2d.stages import gram
-from m2d.stages.combine import share_rows
-from m2d.stages.gram import even_chunks, inner_products
-from m2d.stages.stats import routing_sums
-from m2d.statistics import SUMS, read_layers, write_gram, write_routing
-from m2d.sums import LongSum
+from m2d.statistics import gram
+from m2d.statistics.files import SUMS, read_layers, write_gram, write_routing
+from m2d.statistics.gram import even_chunks, inner_products
+from m2d.statistics.routing import routing_sums
+from m2d.statistics.shards import share_rows
+from m2d.statistics.sums import LongSum
 
 CPU = torch.device("cpu")
 
@@ -222,7 +222,7 @@ def shares(tiny_teacher: Path, tokens: torch.Tensor, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("shares")
     write_tokens(folder / "tokens", tokens, {})
     for kind in ("stats", "gram"):
-        options = ["--calibration", folder / "tokens", "--batch", 1]
+        options = ["--tokens", folder / "tokens", "--batch", 1]
         assert run(kind, tiny_teacher, folder / kind, *options) == 0
         for i in (1, 2, 3):
             out = folder / f"{kind}-{i}"
@@ -263,7 +263,7 @@ def test_shares_of_another_teacher(
     shares: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     other = make_teacher(tmp_path / "other", seed=1)
-    options = ["--calibration", shares / "tokens", "--batch", 1, "--share", "3/3"]
+    options = ["--tokens", shares / "tokens", "--batch", 1, "--share", "3/3"]
     assert run("stats", other, tmp_path / "third", *options) == 0
     parts = [shares / "stats-1", shares / "stats-2", tmp_path / "third"]
     assert run("combine", tmp_path / "all", *parts) == 2

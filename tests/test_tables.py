@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import synthetic_run as run
 
-from m2d import cli, comparisons
+from m2d import cli
 from m2d.errors import UserError
-from m2d.results import (
+from m2d.report import comparisons
+from m2d.report.results import (
     Place,
     as_rows,
     place_of,
@@ -18,8 +19,8 @@ from m2d.results import (
     read_published,
     seconds_by_model,
 )
-from m2d.stages.tables import TABLES, make_tables, write_table
-from m2d.table_html import shown, table_html
+from m2d.report.table_html import shown, table_html
+from m2d.report.tables import TABLES, make_tables, write_table
 
 # Those with published students; a run of several teachers has a table for each.
 FAMILIES = ("family_deepseek-v2-lite", "family_gpt-oss-20b", "family_qwen3-30b-a3b")
@@ -267,7 +268,7 @@ def test_students_of_two_teachers_stand_together() -> None:
 
 def test_the_published_averages_are_those_of_the_source(tables: dict) -> None:
     table = tables["published"]
-    source = pd.read_csv(Path(run.__file__).parents[1] / "m2d/data/published_results.csv")
+    source = pd.read_csv(Path(run.__file__).parents[1] / "m2d/report/published_results.csv")
     keys = ["teacher", "student"]
     shown = table.set_index(keys)["average published"]
     assert shown.sort_index().to_dict() == source.set_index(keys)["average"].to_dict()

@@ -244,7 +244,7 @@ def test_broken_scoring_method_costs_its_ranking_only(
 
 
 def test_stage_edit_reruns_that_stage_and_what_follows(project: Path, run: Callable) -> None:
-    edit_function(project / "m2d/models/student.py", "student_width", same_ranking)
+    edit_function(project / "m2d/students/tensors.py", "student_width", same_ranking)
     jobs = run("--dry-run")
     assert {"merge_student student=sf", "measure_grid scoring=reap", *TABLES} <= set(jobs)
     assert not [job for job in jobs if job.split()[0].startswith(("compute", "rank", "make_tok"))]
@@ -296,27 +296,27 @@ def test_a_student_of_several_grids(
     assert "distill_student recipe=short student=top" in jobs_of(told)
 
 
-def test_teacher_outputs_are_stored_once_for_all_students(finished: Path, tmp_path: Path) -> None:
+def test_teacher_logits_are_stored_once_for_all_students(finished: Path, tmp_path: Path) -> None:
     """By the real stages: two jobs share them, and an edited recipe leaves them as they are."""
     folder = Path(shutil.copytree(finished, tmp_path / "p"))
     jobs = jobs_of(snakemake(folder, "all_stored").stdout)
-    store = [f"store_outputs outputs=top-8 part={part} parts=2" for part in (1, 2)]
+    store = [f"store_teacher_logits logits=top-8 part={part} parts=2" for part in (1, 2)]
     distill = [f"distill_student recipe=stored student={name}" for name in ("do-acp", "sf")]
-    assert {*store, *distill, "clear_outputs outputs=top-8"} <= set(jobs)
+    assert {*store, *distill, "clear_teacher_logits logits=top-8"} <= set(jobs)
     for name in ("do-acp", "sf"):
         record = folder / f"results/tiny/students/{name}/stored/m2d.json"
-        assert json.loads(record.read_text())["distillation"]["teacher_outputs"]["size"] == 8
+        assert json.loads(record.read_text())["distillation"]["teacher_logits"]["size"] == 8
     assert NOTHING in snakemake(folder, "--dry-run", "all_stored").stdout
     change_config(folder, "recipes", "stored", learning_rate=0.002)
     jobs = jobs_of(snakemake(folder, "--dry-run", "all_stored").stdout)
     assert set(distill) <= set(jobs)
-    assert not [job for job in jobs if "outputs=" in job]
+    assert not [job for job in jobs if "logits=" in job]
     # Other tokens: what is there is cleared away first, which the stage itself would refuse.
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     config["teachers"]["tiny"]["tokens"]["distillation"]["sequences"] = 12
     write_config(folder, config)
     jobs = jobs_of(snakemake(folder, "all_stored").stdout)
-    assert {*store, *distill, "clear_outputs outputs=top-8"} <= set(jobs)
+    assert {*store, *distill, "clear_teacher_logits logits=top-8"} <= set(jobs)
 
 
 def test_refit_lies_between_merging_and_distilling(project: Path, stub: Path) -> None:
@@ -400,7 +400,10 @@ def test_a_task_added_to_an_evaluation_is_scored_alone(project: Path, run: Calla
 def test_edited_published_figures_and_cards_remake_those_alone(
     project: Path, run: Callable
 ) -> None:
-    edits = {"data/published_results.csv": ("63.1", "63.2"), "model_card.py": ("How", "Just how")}
+    edits = {
+        "report/published_results.csv": ("63.1", "63.2"),
+        "students/card.py": ("How", "Just how"),
+    }
     for name, (before, after) in edits.items():
         file = project / "m2d" / name
         file.write_text(file.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")

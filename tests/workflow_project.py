@@ -115,7 +115,7 @@ CONFIG: dict[str, Any] = {
 }
 CONFIG["recipes"]["stored"] = {
     **CONFIG["recipes"]["short"],
-    "teacher_outputs": {"kind": "top", "size": 8, "parts": 2},
+    "teacher_logits": {"kind": "top", "size": 8, "parts": 2},
 }
 # Stands in for every stage but ranking, where a test is about which jobs run.
 STUB = """#!/bin/sh
@@ -128,7 +128,7 @@ case $1 in
     perplexity) echo "{{}}" > "$6" ;;
     tables | figures) mkdir "$2" ;;
     card) mkdir "$3" ;;
-    outputs) ;;
+    teacher-logits) ;;
     *) echo "{{}}" > "$3" ;;
 esac
 """

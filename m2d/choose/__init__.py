@@ -1,0 +1,1 @@
+"""Choosing experts and neurons: pure functions of the statistics; no torch, no disk."""

@@ -6,7 +6,7 @@ factorised afresh. Both selections are nested: a shorter one is a prefix of a lo
 
 import numpy as np
 
-from m2d.choose.inputs import Indices, Matrix, Vector
+from m2d.choose.layer_statistics import Indices, Matrix, Vector
 
 TIE = 1e-12  # relative: differences below this are rounding, and the lower index wins
 

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
-from m2d.choose.inputs import Indices, LayerStatistics, Matrix, Vector
+from m2d.choose.layer_statistics import Indices, LayerStatistics, Matrix, Vector
 
 Groups = list[list[int]]
 Linkage = Literal["average", "complete", "single"]

@@ -5,7 +5,7 @@ Shapes: E routed experts, I an expert's intermediate size, n neurons in an order
 
 from dataclasses import dataclass
 
-from m2d.choose.inputs import Indices, Matrix, Vector
+from m2d.choose.layer_statistics import Indices, Matrix, Vector
 from m2d.choose.neurons import check_width, contribution, neuron_layer_plan, top_neurons
 from m2d.choose.plan import Plan
 from m2d.errors import UserError

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from m2d.choose.greedy import greedy_regression
-from m2d.choose.inputs import Indices, Matrix, Vector
+from m2d.choose.layer_statistics import Indices, Matrix, Vector
 from m2d.choose.plan import Group, LayerPlan
 from m2d.errors import UserError
 

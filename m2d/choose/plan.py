@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m2d.choose.grouping import GROUPINGS, merge_weights
-from m2d.choose.inputs import LayerStatistics
+from m2d.choose.layer_statistics import LayerStatistics
 from m2d.choose.names import resolve
 from m2d.choose.ranking import Ranking, round_significant
 from m2d.choose.scaling import SCALINGS

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from m2d.choose.inputs import Indices, LayerStatistics, Vector
+from m2d.choose.layer_statistics import Indices, LayerStatistics, Vector
 from m2d.errors import UserError
 
 FORMAT = 1

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from m2d.choose.grouping import Groups, merge_weights
-from m2d.choose.inputs import LayerStatistics, Vector
+from m2d.choose.layer_statistics import LayerStatistics, Vector
 from m2d.choose.names import PAPER_SCALINGS
 
 __all__ = ["PAPER_SCALINGS", "SCALINGS"]

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from m2d.choose.greedy import greedy_log_determinant, greedy_regression
-from m2d.choose.inputs import Indices, LayerStatistics, Vector
+from m2d.choose.layer_statistics import Indices, LayerStatistics, Vector
 from m2d.choose.names import PAPER_SCORINGS
 from m2d.choose.ranking import Ranking, by_importance
 

@@ -1,0 +1,1 @@
+"""Distillation of a student from its teacher, live or from stored logits."""

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 from m2d import __version__
 from m2d.artifacts import atomic_path, read_json, sha256_of
 from m2d.distill.trainer import Recipe
-from m2d.model_card import model_card
 from m2d.models.teacher import count_parameters, make_skeleton
+from m2d.students.card import model_card
 
 # What is written anew; all other files of the student's folder (tokenizer, plan.json) are copied.
 WRITTEN_ANEW = ("config.json", "README.md", "m2d.json", "metrics.jsonl")
@@ -79,7 +79,7 @@ def record_of(
         "length": length,
         "teacher": teacher_name,
         **asdict(recipe),
-        **{k: v for k, v in run.items() if k.endswith("_sha256") or k == "teacher_outputs"},
+        **{k: v for k, v in run.items() if k.endswith("_sha256") or k == "teacher_logits"},
     }
     return {**record, "m2d_version": __version__, "distillation": distillation}
 

@@ -16,11 +16,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
 
 from m2d.artifacts import flush_to_disk, fsync
-from m2d.distill.data import PackedTokens
 from m2d.distill.liger import liger_loss
+from m2d.distill.logits import StoredLogits
 from m2d.distill.loss import Head, distillation_loss, stored_loss
-from m2d.distill.outputs import StoredOutputs
 from m2d.errors import UserError
+from m2d.tokens.packed import PackedTokens
 
 KEPT_CHECKPOINTS = 2
 WEIGHTS = "student.pt"
@@ -36,7 +36,7 @@ class Recipe:
     """What determines the weights that come out, besides the student, the teacher and the tokens.
 
     `batch` is the sequences of one step over all processes and accumulation together; the rest
-    is named as on the command line (m2d/stages/distill.py), where the defaults are explained.
+    is named as on the command line (m2d/distill/run.py), where the defaults are explained.
     """
 
     steps: int
@@ -175,7 +175,7 @@ class DistillationTrainer(Trainer):
         self,
         model: StudentLoss,
         *,
-        teacher: PreTrainedModel | StoredOutputs,
+        teacher: PreTrainedModel | StoredLogits,
         recipe: Recipe,
         **kwargs: Any,
     ) -> None:
@@ -183,7 +183,7 @@ class DistillationTrainer(Trainer):
         self.student_loss = model  # self.model may be wrapped
         self.teacher = teacher
         self.teacher_head: Head | None = None
-        if not isinstance(teacher, StoredOutputs):
+        if not isinstance(teacher, StoredLogits):
             # A teacher may be spread over devices; its hidden states follow to the student's.
             self.teacher_head = head_of(teacher).to(self.args.device)
         self.recipe = recipe
@@ -200,7 +200,7 @@ class DistillationTrainer(Trainer):
         DDP and DeepSpeed average the gradients over processes, hence the factor.
         """
         ids = inputs["input_ids"]
-        if isinstance(self.teacher, StoredOutputs):
+        if isinstance(self.teacher, StoredLogits):
             rows = [self.teacher[row] for row in inputs["row"].tolist()]
             stored = tuple(torch.stack(column).to(ids.device) for column in zip(*rows, strict=True))
             loss = model(ids, stored_BLn=stored)
@@ -329,14 +329,14 @@ def training_arguments(recipe: Recipe, work: Path, device: torch.device) -> Trai
 
 def make_trainer(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | StoredOutputs,
+    teacher: PreTrainedModel | StoredLogits,
     tokens: PackedTokens,
     recipe: Recipe,
     work: Path,
     callbacks: list[Any],
 ) -> DistillationTrainer:
     """A trainer that is ready to run. `student` is float32, `teacher` in its own dtype."""
-    if not isinstance(teacher, StoredOutputs):
+    if not isinstance(teacher, StoredLogits):
         teacher.eval().requires_grad_(False)
         if recipe.compile:
             teacher.base_model.compile()

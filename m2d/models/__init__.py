@@ -1,0 +1,1 @@
+"""Teachers: families, checkpoints, and running one a layer at a time."""

@@ -2,7 +2,7 @@
 
 Adding a family is adding an entry to FAMILIES; docs/extending.md walks through one. Everything that
 stock transformers already knows (attention, norms, which layers are sparse) is asked of its model
-class, not repeated here. A model that is in no entry is described by m2d.models.generic.
+class, not repeated here. A model that is in no entry is described by m2d.models.derive.
 """
 
 import re
@@ -294,7 +294,7 @@ FAMILIES = {
         QWEN2_MOE,
     )
 }
-# Families that m2d.models.generic described in this process, by model_type.
+# Families that m2d.models.derive described in this process, by model_type.
 DESCRIBED: dict[str, Family] = {}
 
 

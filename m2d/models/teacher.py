@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from m2d.artifacts import read_json
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
+from m2d.models.derive import describe
 from m2d.models.families import EMO, FAMILIES, Family
-from m2d.models.generic import describe
 from m2d.models.skeleton import (
     count_parameters,
     experts_modules,

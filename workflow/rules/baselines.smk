@@ -28,10 +28,10 @@ rule prune_student:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         shape=shape_options,
         options=compute_options,
-        code=code("m2d.stages.prune"),
+        code=code("m2d.baselines.prune"),
     shell:
         """
-        m2d prune {params.model} {output} --calibration {input.calibration} {params.shape} \
+        m2d prune {params.model} {output} --tokens {input.calibration} {params.shape} \
             {params.options} 2>{log}
         """
 
@@ -57,7 +57,7 @@ rule initialise_student:
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         kind=lambda wildcards: config["students"][wildcards.student]["baseline"],
-        code=code("m2d.stages.baseline"),
+        code=code("m2d.baselines.random"),
     shell:
         """
         m2d baseline {params.model} {output} --kind {params.kind} 2>{log}

@@ -12,21 +12,21 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from m2d.best import best_configuration
-from m2d.config import (
+from m2d.pipeline.best import best_configuration
+from m2d.pipeline.settings import (
     SHAPE,
     check_config,
     evaluation_jobs,
     goes_with,
     has_experts,
-    outputs_name,
-    outputs_names,
+    logits_name,
+    logits_names,
     student_kind,
 )
-from m2d.cost.jobs import resources_of
-from m2d.digest import PACKAGE, code_digest
+from m2d.pipeline.jobs import resources_of
+from m2d.pipeline.digest import PACKAGE, code_digest
 from m2d.errors import UserError
-from m2d.text import text_files as files_below
+from m2d.tokens.text import text_files as files_below
 
 # Jobs inherit this. The C library would hand the memory of every tensor above 128 kB back to the
 # kernel and fetch fresh pages for the next, a third of the time of a job with a small model.
@@ -66,7 +66,7 @@ wildcard_constraints:
     variant="|".join(["merged", "refit", *config["recipes"]]),
     tokens="calibration|test|distillation",
     scoring="[a-z_]+",
-    outputs=any_of(outputs_names(config)),
+    logits=any_of(logits_names(config)),
     part="[0-9]+",
     parts="[0-9]+",
     neurons="contribution|greedy(-width-[0-9]+|-params-[0-9]+)?",
@@ -103,7 +103,7 @@ def script(name):
 
 
 def sized(rule, what, **names):
-    """What a job of a rule asks for, by the sizes of its teacher; see m2d/cost/jobs.py."""
+    """What a job of a rule asks for, by the sizes of its teacher; see m2d/pipeline/jobs.py."""
 
     def ask(wildcards, attempt):
         wanted = {**dict(wildcards.items()), **names}
@@ -113,7 +113,7 @@ def sized(rule, what, **names):
 
 
 def code(entry, **chosen):
-    """The digest of the code behind a command; `chosen` as in m2d.digest, kind=[method, ...]."""
+    """The digest of the code behind a command; `chosen` as in m2d.pipeline.digest, kind=[method, ...]."""
     return cached_digest(
         entry, tuple((kind, tuple(names)) for kind, names in chosen.items())
     )
@@ -179,6 +179,7 @@ def shares_of(teacher):
 
 # The command that takes shares of a statistics file.
 SHARED_BY = {"statistics.parquet": "stats", "gram.safetensors": "gram"}
+SHARE_CODE = {"stats": "m2d.statistics.routing", "gram": "m2d.statistics.gram"}
 
 
 def share_files(wildcards):
@@ -267,7 +268,7 @@ def merge_settings(wildcards):
 def merge_code(wildcards):
     student = student_of(wildcards)
     return code(
-        "m2d.stages.merge", grouping=[student["grouping"]], scaling=[student["scaling"]]
+        "m2d.students.merge", grouping=[student["grouping"]], scaling=[student["scaling"]]
     )
 
 
@@ -335,14 +336,14 @@ def recipe_of(wildcards):
 def recipe_options(wildcards):
     """The recipe as options of `m2d distill`: learning_rate: 1e-4 is --learning-rate 1e-4."""
     recipe = recipe_of(wildcards)
-    stored = OF_TEACHER if "teacher_outputs" in recipe else ()
+    stored = OF_TEACHER if "teacher_logits" in recipe else ()
     settings = {
         k: v
         for k, v in recipe.items()
-        if k not in ("gpus", "mem_mb", "runtime", "teacher_outputs", *stored)
+        if k not in ("gpus", "mem_mb", "runtime", "teacher_logits", *stored)
     }
     if stored:
-        settings["teacher_outputs"] = outputs_folder(wildcards)
+        settings["teacher_logits"] = logits_folder(wildcards)
     return " ".join(
         f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
         for key, value in settings.items()
@@ -354,31 +355,31 @@ def recipe_options(wildcards):
 OF_TEACHER = ("teacher_top_k", "teacher_dtype")
 
 
-def outputs_folder(wildcards):
-    name = outputs_name(recipe_of(wildcards))
-    return f"{config['results']}/{wildcards.teacher}/outputs/{name}"
+def logits_folder(wildcards):
+    name = logits_name(recipe_of(wildcards))
+    return f"{config['results']}/{wildcards.teacher}/teacher-logits/{name}"
 
 
-def stored_outputs(wildcards):
+def stored_logits(wildcards):
     """What says that a recipe's stored outputs are complete."""
-    if "teacher_outputs" not in recipe_of(wildcards):
+    if "teacher_logits" not in recipe_of(wildcards):
         return []
-    return f"{outputs_folder(wildcards)}/complete"
+    return f"{logits_folder(wildcards)}/complete"
 
 
-def parts_of_outputs(wildcards):
-    recipe = outputs_names(config)[wildcards.outputs]
+def parts_of_logits(wildcards):
+    recipe = logits_names(config)[wildcards.logits]
     return expand(
-        "<results>/{{teacher}}/outputs/{{outputs}}/{part}-of-{parts}.done",
-        part=range(1, recipe["teacher_outputs"].get("parts", 1) + 1),
-        parts=recipe["teacher_outputs"].get("parts", 1),
+        "<results>/{{teacher}}/teacher-logits/{{logits}}/{part}-of-{parts}.done",
+        part=range(1, recipe["teacher_logits"].get("parts", 1) + 1),
+        parts=recipe["teacher_logits"].get("parts", 1),
     )
 
 
-def outputs_options(wildcards):
-    """Options of `m2d outputs`, from a recipe whose outputs have this name."""
-    recipe = outputs_names(config)[wildcards.outputs]
-    settings, teacher = recipe["teacher_outputs"], teacher_of(wildcards)
+def logits_options(wildcards):
+    """Options of `m2d teacher-logits`, from a recipe whose outputs have this name."""
+    recipe = logits_names(config)[wildcards.logits]
+    settings, teacher = recipe["teacher_logits"], teacher_of(wildcards)
     options = f"--kind {settings['kind']} --size {settings['size']}"
     options += f" --batch {teacher['batch']}"
     if "teacher_top_k" in recipe:

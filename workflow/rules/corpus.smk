@@ -45,7 +45,7 @@ rule make_tasks:
         runtime=lambda wildcards, attempt: 10 * attempt,
     params:
         folder=subpath(input.test, parent=True),
-        code=code("m2d.stages.demo_tasks:write_demo_tasks"),
+        code=code("m2d.demo.tasks:write_demo_tasks"),
     shell:
         """
         m2d demo tasks {params.folder} {output.tasks} 2>{log}

@@ -1,6 +1,6 @@
 # Distillation: a student trained on its teacher's distributions.
 # in:  a teacher, <results>/{teacher}/students/{student}/merged/ (or refit/, where the config has it),
-#      tokens/distillation.safetensors; outputs/{outputs}/ for a recipe that has them stored
+#      tokens/distillation.safetensors; teacher-logits/{logits}/ for a recipe that has them stored
 # out: <results>/{teacher}/students/{student}/{recipe}/
 #
 # A job that is killed goes on from its last checkpoint when it is started again; one that would run
@@ -15,7 +15,7 @@ rule distill_student:
     input:
         student=undistilled,
         tokens="<results>/{teacher}/tokens/distillation.safetensors",
-        outputs=stored_outputs,
+        logits=stored_logits,
         choice=choice_of,
         teacher=teacher_files,
     output:
@@ -38,7 +38,7 @@ rule distill_student:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         launcher=launcher(),
         options=recipe_options,
-        code=code("m2d.stages.distill"),
+        code=code("m2d.distill.run"),
     shell:
         """
         {params.launcher} {resources.nodes} {resources.processes} {resources.runtime} \

@@ -32,7 +32,7 @@ for name, (evaluation, tasks) in evaluation_jobs(config).items():
             out=evaluation_out,
             options=evaluation_options(evaluation, tasks),
             dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
-            code=code("m2d.stages.evaluate"),
+            code=code("m2d.evaluate.lm_eval"),
         shell:
             """
             m2d evaluate {params.model} {params.out} {params.options} \
@@ -64,7 +64,7 @@ for name, (evaluation, tasks) in evaluation_jobs(config).items():
             out=evaluation_out,
             options=evaluation_options(evaluation, tasks),
             dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
-            code=code("m2d.stages.evaluate"),
+            code=code("m2d.evaluate.lm_eval"),
         shell:
             """
             m2d evaluate {input.model} {params.out} {params.options} \

@@ -35,7 +35,7 @@ checkpoint measure_grid:
         options=compute_options,
         ranking=ranking_digest,
         code=code(
-            "m2d.stages.grid",
+            "m2d.students.grid",
             grouping=config["grid"]["groupings"],
             scaling=config["grid"]["scalings"],
         ),

@@ -26,10 +26,10 @@ rule measure_neurons:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         neurons=neurons_options,
         options=compute_options,
-        code=code("m2d.stages.neurons"),
+        code=code("m2d.statistics.neurons"),
     shell:
         """
-        m2d neurons {params.model} {output} --calibration {input.calibration} \
+        m2d neurons {params.model} {output} --tokens {input.calibration} \
             {params.neurons} {params.options} 2>{log}
         """
 
@@ -59,7 +59,7 @@ rule merge_neurons:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         choice=lambda wildcards: student_of(wildcards)["neurons"],
         size=lambda wildcards: size_options(student_of(wildcards)),
-        code=code("m2d.stages.merge", grouping=[], scaling=[]),
+        code=code("m2d.students.merge", grouping=[], scaling=[]),
     shell:
         """
         m2d merge {params.model} {output} --neurons {input.neurons} \

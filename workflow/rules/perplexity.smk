@@ -24,10 +24,10 @@ rule measure_teacher:
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         options=compute_options,
-        code=code("m2d.stages.perplexity"),
+        code=code("m2d.evaluate.perplexity"),
     shell:
         """
-        m2d perplexity {params.model} --calibration {input.tokens} --out {output} \
+        m2d perplexity {params.model} --tokens {input.tokens} --out {output} \
             {params.options} >{log} 2>&1
         """
 
@@ -53,9 +53,9 @@ rule measure_student:
         runtime=sized("measure_student", "runtime"),
     params:
         options=compute_options,
-        code=code("m2d.stages.perplexity"),
+        code=code("m2d.evaluate.perplexity"),
     shell:
         """
-        m2d perplexity {input.model} --calibration {input.tokens} --out {output} \
+        m2d perplexity {input.model} --tokens {input.tokens} --out {output} \
             {params.options} >{log} 2>&1
         """

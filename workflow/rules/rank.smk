@@ -32,7 +32,7 @@ checkpoint rank_experts:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=lambda wildcards, attempt: 10 * attempt,
     params:
-        code=lambda wildcards: code("m2d.stages.rank", scoring=[wildcards.scoring]),
+        code=lambda wildcards: code("m2d.statistics.rank", scoring=[wildcards.scoring]),
     shell:
         """
         m2d rank {output} --statistics {input.statistics} --gram {input.gram} \

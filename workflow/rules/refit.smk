@@ -27,9 +27,9 @@ rule refit_student:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         variant=refit_options,
         options=compute_options,
-        code=code("m2d.stages.refit"),
+        code=code("m2d.refit.refit"),
     shell:
         """
-        m2d refit {input.student} {params.model} {output} --calibration {input.tokens} \
+        m2d refit {input.student} {params.model} {output} --tokens {input.tokens} \
             {params.variant} {params.options} 2>{log}
         """

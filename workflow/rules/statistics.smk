@@ -33,11 +33,11 @@ rule compute_statistics:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         options=compute_options,
         timed=script("timed.py"),
-        code=code("m2d.stages.stats"),
+        code=code("m2d.statistics.routing"),
     shell:
         """
         python {params.timed} {log} \
-            m2d stats {params.model} {output} --calibration {input.calibration} \
+            m2d stats {params.model} {output} --tokens {input.calibration} \
             {params.options} 2>{log}
         """
 
@@ -65,11 +65,11 @@ rule compute_gram:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         options=compute_options,
         timed=script("timed.py"),
-        code=code("m2d.stages.gram"),
+        code=code("m2d.statistics.gram"),
     shell:
         """
         python {params.timed} {log} \
-            m2d gram {params.model} {output} --calibration {input.calibration} \
+            m2d gram {params.model} {output} --tokens {input.calibration} \
             {params.options} 2>{log}
         """
 
@@ -99,10 +99,10 @@ rule compute_share:
     params:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         options=compute_options,
-        code=lambda wildcards: code(f"m2d.stages.{wildcards.kind}"),
+        code=lambda wildcards: code(SHARE_CODE[wildcards.kind]),
     shell:
         """
-        m2d {wildcards.kind} {params.model} {output} --calibration {input.calibration} \
+        m2d {wildcards.kind} {params.model} {output} --tokens {input.calibration} \
             --share {wildcards.share}/{wildcards.shares} {params.options} 2>{log}
         """
 
@@ -127,7 +127,7 @@ rule combine_statistics:
         mem_mb=2000,
         runtime=10,
     params:
-        code=code("m2d.stages.combine"),
+        code=code("m2d.statistics.shards"),
     shell:
         """
         m2d combine {output} {input} 2>{log}

@@ -35,8 +35,8 @@ rule make_tables:
             f"{model}/m2d.json" for model in input.models
         ],
         benchmarks=f"{config['results']}/benchmarks",
-        published=package_file("data/published_results.csv"),
-        code=code("m2d.stages.tables"),
+        published=package_file("report/published_results.csv"),
+        code=code("m2d.report.tables"),
     shell:
         """
         m2d tables {output} --grid {input.grids} --perplexity {input.perplexities} \
@@ -78,7 +78,7 @@ rule draw_figures:
             f"{model}/m2d.json" for model in input.models
         ],
         metrics=lambda wildcards: metrics_of(wildcards.pipeline),
-        code=code("m2d.stages.figures"),
+        code=code("m2d.report.figures"),
     shell:
         """
         m2d figures {output} --grid {input.grids} --perplexity {input.perplexities} \
@@ -113,10 +113,10 @@ rule write_cards:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=lambda wildcards, attempt: 10 * attempt,
     params:
-        wording=code("m2d.model_card:model_card"),
-        code=code("m2d.stages.card"),
+        wording=code("m2d.students.card:model_card"),
+        code=code("m2d.report.cards"),
     shell:
         """
         m2d card --out {output} {input.models} --perplexity {input.perplexities} \
-            --evaluation {input.evaluations} --calibration {input.calibrations} 2>{log}
+            --evaluation {input.evaluations} --tokens {input.calibrations} 2>{log}
         """

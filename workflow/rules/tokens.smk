@@ -24,9 +24,9 @@ rule make_tokens:
         model=lambda wildcards: teacher_of(wildcards)["model"],
         settings=token_settings,
         source=text_source,
-        code=code("m2d.stages.calibrate"),
+        code=code("m2d.tokens.tokenize"),
     shell:
         """
-        m2d calibrate {params.model} {output} {params.source} \
+        m2d tokenize {params.model} {output} {params.source} \
             --sequences {params.settings[sequences]} --length {params.settings[length]} 2>{log}
         """

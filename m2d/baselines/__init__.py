@@ -1,0 +1,1 @@
+"""What students are compared with: pruned dense teachers, and new weights."""

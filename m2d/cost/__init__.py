@@ -1,1 +1,0 @@
-"""What the workflow's jobs take: sizes to resources, and the plan of a target before it runs."""

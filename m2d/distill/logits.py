@@ -1,0 +1,133 @@
+"""A teacher's outputs on a token file, stored once and read by every student's distillation.
+
+Per token the folder holds n token ids and their probabilities: either the n most probable ones
+(`top`; the rest of the mass is 1 minus their sum), or those of n draws from the distribution with
+their shares of the draws (`sampled`; unbiased: the expected gradient is that of full forward KL).
+
+Layout: index.json, and shards of consecutive rows of the token file, shard-I.safetensors, with
+`ids` [rows, length, n] (uint16 where the vocabulary allows, else int32) and `log_p` float16 of the
+same shape (-inf fills up). A shard appears whole or not at all, so jobs can share the work and be
+stopped: what is there is not made again.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from m2d.artifacts import atomic_path, read_json, sha256_of, write_json
+from m2d.distill.loss import Head
+from m2d.errors import UserError
+
+KINDS = ("top", "sampled")
+
+
+def top_outputs(z_RV: Tensor, n: int, generator: Any = None) -> tuple[Tensor, Tensor]:
+    """The n most probable tokens, ids and log-probabilities [R, n], of float32 logits."""
+    log_p, ids = torch.log_softmax(z_RV, -1).topk(n, -1)
+    return ids, log_p
+
+
+def sampled_outputs(z_RV: Tensor, n: int, generator: Any = None) -> tuple[Tensor, Tensor]:
+    """n draws with replacement from softmax(z): distinct ids and the log of their shares, [R, n].
+
+    A token drawn several times stands once, with its share; what is left over is filled with -inf.
+    """
+    draws = torch.multinomial(z_RV.softmax(-1), n, replacement=True, generator=generator)
+    draws = draws.sort(-1).values
+    same = torch.zeros_like(draws, dtype=torch.bool)
+    same[:, 1:] = draws[:, 1:] == draws[:, :-1]
+    place = (~same).cumsum(-1) - 1  # which distinct token each draw is
+    shares = torch.zeros(draws.shape, device=draws.device).scatter_add_(
+        -1, place, torch.full(draws.shape, 1 / n, device=draws.device)
+    )
+    ids = torch.zeros_like(draws).scatter_(-1, place, draws)
+    return ids, shares.log()
+
+
+MAKERS = {"top": top_outputs, "sampled": sampled_outputs}
+
+
+def outputs_of(
+    hidden_TH: Tensor, head: Head, kind: str, n: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """ids int64 and log-probabilities float32, [T, n], of final hidden states, by small chunks."""
+    rows = max(1, 2**24 // len(head.weight_VH))
+    parts = [MAKERS[kind](head.logits(x), n, generator) for x in hidden_TH.split(rows)]
+    return torch.cat([ids for ids, _ in parts]), torch.cat([log_p for _, log_p in parts])
+
+
+def shard_rows(sequences: int, rows: int) -> Iterator[tuple[int, range]]:
+    """Number and rows of every shard."""
+    for number, start in enumerate(range(0, sequences, rows)):
+        yield number, range(start, min(start + rows, sequences))
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05}.safetensors"
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write index.json, or check that the folder is one of the same outputs."""
+    file = folder / "index.json"
+    if not file.exists():
+        write_json(file, index)
+    elif (found := read_json(file)) != index:
+        differs = next(key for key in index if found.get(key) != index[key])
+        raise UserError(
+            f"{folder}: holds outputs of {differs} {found.get(differs)}, not {index[differs]}; "
+            "name another folder or remove it"
+        )
+
+
+def write_shard(path: Path, ids: Tensor, log_p: Tensor, vocabulary: int) -> None:
+    """Write ids and log_p, [rows, length, n]."""
+    small = torch.uint16 if vocabulary <= 2**16 else torch.int32
+    with atomic_path(path) as temporary:
+        save_file(
+            {"ids": ids.to(small).contiguous(), "log_p": log_p.half().contiguous()}, temporary
+        )
+
+
+class StoredLogits:
+    """The rows of a folder of outputs, read from memory maps."""
+
+    def __init__(self, folder: str | Path, tokens: Path, vocabulary: int) -> None:
+        """Raises UserError unless the folder is complete and of this token file."""
+        self.folder = Path(folder)
+        self.index = read_json(self.folder / "index.json")
+        if self.index["vocabulary"] != vocabulary:
+            raise UserError(
+                f"{folder}: of a vocabulary of {self.index['vocabulary']} tokens, not {vocabulary}"
+            )
+        if self.index["tokens_sha256"] != sha256_of(tokens):
+            raise UserError(f"{folder}: was not made on {tokens}; make it with m2d teacher-logits")
+        self.rows_of_shard = int(self.index["rows_of_shard"])
+        shards = [n for n, _ in shard_rows(self.index["sequences"], self.rows_of_shard)]
+        missing = [n for n in shards if not shard_path(self.folder, n).is_file()]
+        if missing:
+            raise UserError(
+                f"{folder}: {len(missing)} of {len(shards)} shards are missing, the first is "
+                f"{shard_path(self.folder, missing[0]).name}; run m2d teacher-logits to the end"
+            )
+        self._open: dict[int, Any] = {}
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        """ids int64 and probabilities float32, [length, n], of a row of the token file."""
+        shard, place = divmod(row, self.rows_of_shard)
+        if shard not in self._open:
+            self._open[shard] = safe_open(shard_path(self.folder, shard), "np")
+        file = self._open[shard]
+        ids, log_p = (file.get_slice(key)[place : place + 1][0] for key in ("ids", "log_p"))
+        p = np.exp(log_p.astype(np.float32))
+        if self.index["kind"] == "sampled":  # shares that add up to 1, also after rounding
+            p /= p.sum(-1, keepdims=True)
+        return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(p)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}

@@ -1,0 +1,350 @@
+"""Distillation: train a student on its teacher's distributions over packed tokens.
+
+By hand on one process (`m2d distill ...`), or on several with
+`torchrun --nproc-per-node N -m m2d.cli distill ...`. A run that is stopped, killed or requeued
+goes on from its last checkpoint when the same command is given again.
+"""
+
+import argparse
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from m2d.artifacts import require_absent, write_json
+from m2d.distill.loading import device_map
+from m2d.errors import UserError
+from m2d.options import DTYPES, positive
+from m2d.progress import say
+
+# Per the paper: 4 sequences a device, accumulation 24, 4 GPUs; 100 + 300 of 3000 steps.
+BATCH = 384
+WARMUP_SHARE, DECAY_SHARE = 30, 10
+
+
+def number(low: float, high: float = float("inf")) -> Any:
+    """An argparse type: a number in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            bound = f"of at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
+        return value
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("student", type=Path, help="the student's folder")
+    parser.add_argument("teacher", help="folder or hub id")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--tokens", type=Path, required=True, help="token file from m2d tokenize")
+    steps = parser.add_argument_group("steps")
+    steps.add_argument("--steps", type=positive, help="(default: one pass over the tokens)")
+    steps.add_argument(
+        "--batch",
+        type=positive,
+        default=BATCH,
+        help=f"sequences of a step, all processes ({BATCH})",
+    )
+    steps.add_argument(
+        "--device-batch", type=positive, default=4, help="sequences at a time on one device (4)"
+    )
+    optimizer = parser.add_argument_group("optimizer (AdamW, warmup-stable-decay)")
+    optimizer.add_argument("--learning-rate", type=number(1e-12), default=1e-4, help="(1e-4)")
+    optimizer.add_argument(
+        "--min-learning-rate", type=number(0), help="start and end (default: a tenth)"
+    )
+    optimizer.add_argument(
+        "--warmup-steps", type=number(0), help="(default: a thirtieth of the steps)"
+    )
+    optimizer.add_argument("--decay-steps", type=number(0), help="(default: a tenth of the steps)")
+    optimizer.add_argument(
+        "--decay", choices=("linear", "cosine", "1-sqrt"), default="linear", help="(linear)"
+    )
+    optimizer.add_argument("--weight-decay", type=number(0), default=0.0, help="(0)")
+    optimizer.add_argument(
+        "--max-grad-norm", type=number(0), default=1.0, help="0: no clipping (1)"
+    )
+    loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--loss",
+        choices=("forward_kl", "reverse_kl", "jensen_shannon"),
+        default="forward_kl",
+        help="(forward_kl)",
+    )
+    loss.add_argument(
+        "--loss-implementation",
+        choices=("chunked", "liger"),
+        default="chunked",
+        help="liger: liger-kernel's, from pip install 'm2d[liger]' (chunked)",
+    )
+    loss.add_argument("--temperature", type=number(1e-3), default=1.0, help="(1)")
+    loss.add_argument(
+        "--cross-entropy-weight",
+        type=number(0, 1),
+        default=0.0,
+        help="share of next-token loss (0)",
+    )
+    loss.add_argument(
+        "--teacher-top-k", type=positive, help="experts per token in the teacher (default: its own)"
+    )
+    loss.add_argument(
+        "--teacher-logits",
+        type=Path,
+        metavar="FOLDER",
+        help="from m2d teacher-logits, in place of running the teacher",
+    )
+    compute = parser.add_argument_group("compute")
+    compute.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="of the student's steps (bf16)",
+    )
+    compute.add_argument(
+        "--teacher-device-map",
+        type=device_map,
+        metavar="MAP",
+        help="spread the teacher: auto, or JSON of modules to devices (beside the student)",
+    )
+    compute.add_argument("--teacher-dtype", choices=DTYPES, help="(default: the checkpoint's)")
+    compute.add_argument("--device", help="(default: a GPU for each process if there is one)")
+    compute.add_argument(
+        "--strategy",
+        choices=("auto", "ddp", "zero2", "zero3"),
+        default="auto",
+        help="with several processes (auto: DeepSpeed ZeRO-2)",
+    )
+    compute.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory, slower"
+    )
+    compute.add_argument("--compile", action="store_true", help="torch.compile both models")
+    compute.add_argument("--seed", type=int, default=0, help="order of the tokens (0)")
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--checkpoint-minutes", type=number(0), default=15.0, help="between checkpoints (15)"
+    )
+    run.add_argument(
+        "--stop-after",
+        type=number(0),
+        metavar="MINUTES",
+        help="then save a checkpoint and exit with code 75 (for a job's time limit)",
+    )
+    run.add_argument("--tensorboard", type=Path, help="folder for TensorBoard's event files")
+
+
+def make_recipe(args: argparse.Namespace, strategy: str, sequences: int) -> Any:
+    """The recipe of the command line; `sequences` are those of the token file."""
+    from m2d.distill.trainer import Recipe
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.batch % (args.device_batch * processes):
+        raise UserError(
+            f"--batch {args.batch}: must be a multiple of --device-batch {args.device_batch} "
+            f"times {processes} process{'es' * (processes > 1)}"
+        )
+    steps = args.steps or sequences // args.batch
+    if not steps:
+        raise UserError(
+            f"{args.tokens}: its {sequences} sequences do not fill one step of --batch "
+            f"{args.batch}; give more tokens, a smaller --batch, or --steps"
+        )
+    warmup = int(steps // WARMUP_SHARE if args.warmup_steps is None else args.warmup_steps)
+    decay = int(steps // DECAY_SHARE if args.decay_steps is None else args.decay_steps)
+    if warmup + decay > steps:
+        raise UserError(
+            f"--warmup-steps {warmup} and --decay-steps {decay} are more than the {steps} steps"
+        )
+    floor = args.learning_rate / 10 if args.min_learning_rate is None else args.min_learning_rate
+    if floor > args.learning_rate:
+        raise UserError(
+            f"--min-learning-rate {floor:g}: is above --learning-rate {args.learning_rate:g}"
+        )
+    return Recipe(
+        steps=steps,
+        batch=args.batch,
+        device_batch=args.device_batch,
+        learning_rate=args.learning_rate,
+        min_learning_rate=floor,
+        warmup_steps=warmup,
+        decay_steps=decay,
+        decay=args.decay,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        loss=args.loss,
+        loss_implementation=args.loss_implementation,
+        temperature=args.temperature,
+        cross_entropy_weight=args.cross_entropy_weight,
+        teacher_top_k=args.teacher_top_k,
+        teacher_dtype=args.teacher_dtype,
+        precision=args.precision,
+        gradient_checkpointing=args.gradient_checkpointing,
+        compile=args.compile,
+        strategy=strategy,
+        processes=processes,
+        seed=args.seed,
+    )
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise a UserError where the options of loss and teacher do not go together."""
+    if args.teacher_device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "--teacher-device-map: each of several processes holds a teacher on its own device; "
+            "start one process, or store the teacher's outputs first (m2d teacher-logits)"
+        )
+    if args.loss_implementation == "liger":
+        from m2d.distill.liger import require_liger
+
+        require_liger()
+        if args.cross_entropy_weight or args.teacher_logits:
+            raise UserError(
+                "--loss-implementation liger: goes without --cross-entropy-weight and "
+                "--teacher-logits"
+            )
+
+
+def open_outputs(args: argparse.Namespace, vocabulary: int) -> Any:
+    """The stored teacher outputs, or None where the teacher itself is run."""
+    from m2d.distill.logits import StoredLogits
+
+    if args.teacher_logits is None:
+        return None
+    if args.loss != "forward_kl" or args.temperature != 1 or args.cross_entropy_weight:
+        raise UserError("--teacher-logits: goes with --loss forward_kl at temperature 1 alone")
+    if args.teacher_top_k or args.teacher_dtype:
+        raise UserError(
+            "--teacher-logits: the teacher's top-k and dtype were chosen in m2d teacher-logits; "
+            "leave --teacher-top-k and --teacher-dtype away"
+        )
+    return StoredLogits(args.teacher_logits, args.tokens, vocabulary)
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        run(args)
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None  # the first process says it
+        raise
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole stage, in every process."""
+    end = float("inf") if args.stop_after is None else time.monotonic() + 60 * args.stop_after
+    import torch
+
+    from m2d.distill.loading import expand_routing, load_model
+    from m2d.distill.processes import broadcast, start_processes
+    from m2d.models.teacher import dtype_of, locate, pick_dtype, quiet, read_config
+    from m2d.tokens.packed import PackedTokens
+
+    require_absent(args.out)
+    check_options(args)
+    student_folder, teacher_folder = locate(args.student), locate(args.teacher)
+    _, student_config = read_config(student_folder)
+    _, teacher_config = read_config(teacher_folder)
+    vocabularies = [c.get_text_config().vocab_size for c in (student_config, teacher_config)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"{args.student}: its vocabulary has {vocabularies[0]} tokens and the teacher's "
+            f"{vocabularies[1]}; the two must share a tokenizer"
+        )
+    if args.teacher_top_k:
+        expand_routing(teacher_config, args.teacher_top_k, teacher_folder)
+    tokens = PackedTokens(args.tokens, args.seed)
+    stored = open_outputs(args, vocabularies[0])
+    strategy, device = start_processes(args.strategy, args.device)
+    recipe = make_recipe(args, strategy, tokens.sequences)
+    tokens.items = recipe.steps * recipe.batch
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        tokens.check_vocabulary(vocabularies[0])
+
+    from m2d.distill import result, trainer, watch
+
+    identity = broadcast(
+        lambda: result.identity(recipe, student_folder, teacher_folder, args.tokens)
+    )
+    own_dtype = dtype_of(student_config, student_folder)  # loading changes the config's
+    if stored is not None:
+        identity["teacher_logits"] = stored.index
+    work = result.work_folder(args.out, identity)
+    sample = tokens[0]["input_ids"][None, :16]
+    teacher: Any = stored
+    if stored is None:
+        dtype = pick_dtype(args.teacher_dtype, dtype_of(teacher_config, teacher_folder))
+        teacher = load_model(
+            teacher_folder, teacher_config, dtype, args.teacher_device_map or device
+        )
+        trainer.check_head(teacher, sample, args.teacher)
+    student = load_model(student_folder, student_config, torch.float32, device)
+    trainer.check_head(student, sample, str(args.student))
+
+    checkpoints = trainer.checkpoints_in(work) if work.is_dir() else []
+    if first:
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(work / "run.json", identity)
+        announce(args, recipe, tokens.length, work, checkpoints, result.other_work(args.out, work))
+    with watch.StopRequest() as stop, quiet():
+        watcher = watch.Watch(
+            work / "metrics.jsonl",
+            args.tensorboard,
+            args.checkpoint_minutes,
+            recipe.batch * tokens.length,
+            stop,
+            end,
+        )
+        training = trainer.make_trainer(student, teacher, tokens, recipe, work, [watcher])
+        training.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        if watcher.stopped:
+            if first:
+                say(
+                    f"distill: stopped at step {training.state.global_step} of {recipe.steps}, "
+                    "with a checkpoint; the same command goes on from there"
+                )
+            raise SystemExit(watch.EXIT_STOPPED)
+        weights = training.trained_weights()
+    if first:
+        record = result.record_of(
+            student_folder, Path(args.teacher).name, teacher_config, recipe, identity, args.tokens
+        )
+        metrics = work / "metrics.jsonl"
+        with quiet():
+            result.save_result(
+                args.out, student_folder, student.config, weights, own_dtype, metrics, record
+            )
+        for folder in [work, *result.other_work(args.out, work)]:
+            shutil.rmtree(folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def announce(
+    args: argparse.Namespace,
+    recipe: Any,
+    length: int,
+    work: Path,
+    checkpoints: list[Path],
+    others: list[Path],
+) -> None:
+    """Say what will be done, and whether it begins or goes on."""
+    say(
+        f"distill: {recipe.steps} steps of {recipe.batch} x {length} tokens "
+        f"({recipe.strategy}, {recipe.processes} process{'es' * (recipe.processes > 1)}, "
+        f"accumulation {recipe.accumulation}, {recipe.precision})"
+    )
+    if checkpoints:
+        say(f"distill: going on from {checkpoints[-1].name} in {work}")
+    elif others:
+        say(
+            f"distill: beginning anew; {others[0]} is of a run with other arguments, and goes "
+            "when this one is complete"
+        )

@@ -1,0 +1,173 @@
+"""Perplexity of any causal LM: token-level, over non-overlapping windows.
+
+Protocol: every window of `length` tokens is scored on its own; its first token is context only, so
+length - 1 tokens are predicted; perplexity = exp(sum of negative log-likelihoods / tokens
+predicted), with log-likelihoods in float32 and their sum in float64.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from m2d.artifacts import write_json
+from m2d.errors import UserError
+from m2d.models.stream import StreamedTeacher
+from m2d.models.teacher import (
+    dtype_of,
+    has_experts,
+    locate,
+    open_teacher,
+    pick_device,
+    pick_dtype,
+    quiet,
+    read_config,
+)
+from m2d.options import add_compute_options, positive
+from m2d.progress import progress
+from m2d.tokens.files import read_tokens
+from m2d.tokens.tokenize import add_text_options, tokens_from
+
+PROTOCOL = "token-level, non-overlapping windows, the first token of each is not predicted"
+# Logits are widened to float32 for so many elements at a time.
+LOGITS_AT_ONCE = 2**26
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The result, with what it was measured on."""
+
+    model: str
+    perplexity: float
+    nll: float  # mean negative log-likelihood per predicted token, nats
+    n_tokens: int  # predicted tokens
+    length: int
+    sequences: int
+    stderr: float | None  # of the perplexity; None with one window
+    protocol: str = PROTOCOL
+
+
+def nll_sums(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Summed negative log-likelihood (nats) of tokens 1.. of each sequence [B], float64.
+
+    logits [B, T, V] of ids [B, T].
+    """
+    predicted, targets = logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+    rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    losses = [
+        functional.cross_entropy(part.float(), target.to(part.device), reduction="none")
+        for part, target in zip(predicted.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(losses).double().cpu().view(len(input_ids), -1).sum(1)
+
+
+@torch.no_grad()
+def loaded_nll(model: nn.Module, tokens: Tensor, batch: int, device: torch.device) -> Tensor:
+    """Summed negative log-likelihood [S] of tokens [S, T] under a model in memory."""
+    return torch.cat(
+        [
+            nll_sums(model(ids.to(device), use_cache=False).logits, ids)
+            for ids in tokens.split(batch)
+        ]
+    )
+
+
+def streamed_nll(stream: StreamedTeacher, tokens: Tensor, batch: int) -> Tensor:
+    """The same under a teacher that passes through memory layer by layer."""
+    hidden = stream.run(tokens, batch, title="perplexity, layers")
+    return torch.cat(
+        [
+            nll_sums(stream.logits(ids, last, slice(None)), ids)
+            for ids, last in zip(tokens.split(batch), hidden, strict=True)
+        ]
+    )
+
+
+def make_result(model: str, sums: Tensor, tokens: Tensor) -> Perplexity:
+    """Perplexity from the summed negative log-likelihoods [S] of tokens [S, T]."""
+    sequences, length = tokens.shape
+    nll = float(sums.sum()) / (sequences * (length - 1))
+    error = None
+    if sequences > 1:
+        error = math.exp(nll) * float((sums / (length - 1)).std()) / math.sqrt(sequences)
+    predicted = sequences * (length - 1)
+    return Perplexity(model, math.exp(nll), nll, predicted, length, sequences, error)
+
+
+def load_dense(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A stock causal LM in memory. No code of the folder is run, no pickle read."""
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(f"{folder}: transformers cannot load it ({reason[0]})") from None
+    return cast(nn.Module, model).to(device).eval()
+
+
+def measure(
+    model: str | Path, tokens: Tensor, batch: int, dtype: str | None, device: torch.device
+) -> Perplexity:
+    """Perplexity of a model folder or hub id on tokens [S, T]."""
+    folder = locate(model)
+    _, config = read_config(folder)
+    chosen = pick_dtype(dtype, dtype_of(config, folder))
+    if has_experts(model):
+        stream = StreamedTeacher(open_teacher(model), chosen, device)
+        sums = streamed_nll(stream, tokens, batch)
+    else:
+        network = load_dense(folder, chosen, device)
+        parts = progress(tokens.split(batch), "perplexity, batches")
+        sums = torch.cat([loaded_nll(network, part, batch, device) for part in parts])
+    return make_result(Path(model).name, sums, tokens)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or hub id, teacher or student")
+    add_text_options(parser).add_argument("--tokens", help="token file from m2d tokenize")
+    parser.add_argument(
+        "--length", type=positive, help="window, tokens (default: the file's; 2048)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--out", type=Path, help="also write it to this file, .json")
+    add_compute_options(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    _, config = read_config(locate(args.model))
+    if args.tokens:
+        tokens = read_tokens(args.tokens, config.get_text_config().vocab_size)
+        if args.length:
+            tokens = rewindow(tokens, args.length)
+    else:
+        tokens = tokens_from(args.model, args.text, args.dataset, args.length or 2048, None)
+    result = measure(args.model, tokens, args.batch, args.dtype, pick_device(args.device))
+    if args.out:
+        write_json(args.out, asdict(result))
+    if args.json:
+        print(json.dumps(asdict(result)))
+    else:
+        error = "" if result.stderr is None else f" ± {result.stderr:.2g}"
+        print(
+            f"perplexity {result.perplexity:.4f}{error} over {result.n_tokens} tokens "
+            f"({result.sequences} windows of {result.length}; {PROTOCOL})"
+        )
+
+
+def rewindow(tokens: Tensor, length: int) -> Tensor:
+    """tokens [S, T] cut into windows of `length`, which must divide T or be smaller."""
+    if not 2 <= length <= tokens.shape[1]:
+        raise UserError(
+            f"--length {length}: must lie between 2 and the file's length, {tokens.shape[1]}"
+        )
+    whole = tokens.shape[1] // length * length
+    return tokens[:, :whole].reshape(-1, length)

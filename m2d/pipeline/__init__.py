@@ -1,0 +1,1 @@
+"""What the Snakefile needs of Python: settings, resources, estimates, digests. Imports no torch."""

@@ -1,0 +1,386 @@
+"""The workflow's config: its schema, its cross-field checks, and the names it uses made plain.
+
+Used by the Snakefile, so nothing here imports torch or numpy.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError, best_match
+
+from m2d.choose.names import resolve
+from m2d.errors import UserError
+from m2d.pipeline.resources import read_sizes
+
+Config = dict[str, Any]
+
+# Names of folders beside the teachers', and of results beside the recipes'.
+RESERVED = {
+    "teachers": {"corpus", "tasks", "tables", "figures", "cards", "benchmarks", "logs"},
+    "recipes": {"merged", "refit"},
+}
+# What a recipe with stored teacher outputs may say of its loss, all of it the default.
+STORED_GOES_WITH = {
+    "loss": "forward_kl",
+    "loss_implementation": "chunked",
+    "temperature": 1.0,
+    "cross_entropy_weight": 0,
+}
+# Sizes of a student by structured pruning.
+SHAPE = ("layers", "hidden_size", "heads", "kv_heads", "intermediate_size")
+# What a student is made of -> the keys that it must have, and those that it may.
+STUDENT_KINDS: dict[str, tuple[set[str], set[str]]] = {
+    "d2d": ({"baseline", *SHAPE}, set()),
+    "random_ffn": ({"baseline"}, set()),
+    "random_init": ({"baseline"}, set()),
+    "neurons": ({"neurons"}, {"width", "params", "refit", "weighting"}),
+    "chosen": ({"best_of", "keep"}, set()),
+    "experts": ({"scoring", "grouping", "scaling", "keep"}, {"refit", "weighting"}),
+}
+
+
+def has_experts(teacher: Mapping[str, Any]) -> bool:
+    """Whether a teacher's entry is of a Mixture-of-Experts model."""
+    return "experts" in teacher
+
+
+def goes_with(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
+    """Whether a student is made from such a teacher: d2d from dense ones, all others from MoEs."""
+    return (student_kind(student) == "d2d") != has_experts(teacher)
+
+
+def load_config(path: str | Path, schema: str | Path) -> Config:
+    """Read and check a config file; see `check_config`."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    return check_config(values, schema)
+
+
+def check_config(values: Any, schema: str | Path) -> Config:
+    """The config with all defaults filled in and all methods by identifier; a copy.
+
+    Raises UserError, one line that names the key, its value and what is allowed.
+    """
+    rules = yaml.safe_load(Path(schema).read_text(encoding="utf-8"))
+    error = best_match(Draft202012Validator(rules).iter_errors(values))
+    if error is not None:
+        raise UserError(f"config: {_explain(error)}")
+    config: Config = copy.deepcopy(dict(values))
+    _check_students(config["students"])
+    config.setdefault("hardware", {})
+    _resolve_methods(config)
+    _check_names(config)
+    _check_sizes(config)
+    return config
+
+
+def student_kind(student: Mapping[str, Any]) -> str:
+    """What a student is made of: a key of STUDENT_KINDS."""
+    if "baseline" in student:
+        return str(student["baseline"])
+    return "neurons" if "neurons" in student else "chosen" if "best_of" in student else "experts"
+
+
+def _check_students(students: Mapping[str, Any]) -> None:
+    """Every student has the keys of its kind, and no others."""
+    for name, student in students.items():
+        kind = student_kind(student)
+        required, optional = STUDENT_KINDS[kind]
+        key = f"config: students.{name}"
+        for missing in required - student.keys():
+            raise UserError(
+                f"{key}: the key {missing} is missing; a student of {kind} has "
+                f"{', '.join(sorted(required))}"
+            )
+        for surplus in student.keys() - required - optional:
+            raise UserError(
+                f"{key}.{surplus}: not for a student of {kind}, which has "
+                f"{', '.join(sorted(required | optional))}"
+            )
+        if "width" in student and "params" in student:
+            raise UserError(f"{key}: width and params exclude each other; leave one out")
+        if "weighting" in student and "refit" not in student:
+            raise UserError(f"{key}.weighting: is of use with refit alone; add refit: sequential")
+
+
+def _resolve_methods(config: Config) -> None:
+    """Replace the paper's terms by identifiers, in place."""
+
+    def resolved(kind: str, text: str, key: str) -> str:
+        try:
+            return resolve(kind, text)
+        except UserError as error:
+            raise UserError(f"config: {key}: {error}") from None
+
+    def resolved_list(kind: str, names: Iterable[str], key: str) -> list[str]:
+        found = [resolved(kind, name, f"{key}.{i}") for i, name in enumerate(names)]
+        if len(set(found)) < len(found):
+            raise UserError(f"config: {key}: {', '.join(found)}: each {kind} may stand there once")
+        return found
+
+    grid = config["grid"]
+    grid["groupings"] = resolved_list("grouping", grid["groupings"], "grid.groupings")
+    grid["scalings"] = resolved_list("scaling", grid["scalings"], "grid.scalings")
+    for name, student in config["students"].items():
+        for kind in ("scoring", "grouping", "scaling"):
+            if kind in student:
+                student[kind] = resolved(kind, student[kind], f"students.{name}.{kind}")
+        if "best_of" in student:
+            key = f"students.{name}.best_of"
+            student["best_of"] = resolved_list("scoring", student["best_of"], key)
+    for name, pipeline in config["pipelines"].items():
+        for key in ("scorings", "students", "distill", "evaluations"):
+            pipeline.setdefault(key, [])
+        key = f"pipelines.{name}.scorings"
+        pipeline["scorings"] = resolved_list("scoring", pipeline["scorings"], key)
+
+
+def evaluation_jobs(config: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
+    """Name -> (evaluation, tasks) of every job that scores a model: a job per task.
+
+    One for all tasks of an evaluation that is `together`, by its name.
+    """
+    jobs: dict[str, tuple[str, list[str]]] = {}
+    for name, settings in config["evaluations"].items():
+        if settings.get("together"):
+            jobs[name] = (name, settings["tasks"])
+        else:
+            jobs |= {task: (name, [task]) for task in settings["tasks"]}
+    return jobs
+
+
+def logits_name(recipe: Mapping[str, Any]) -> str:
+    """The name of a recipe's stored teacher outputs: top-64, sampled-32-top-k-16-float32."""
+    settings = recipe["teacher_logits"]
+    parts = [settings["kind"], str(settings["size"])]
+    parts += ["top-k", str(recipe["teacher_top_k"])] if "teacher_top_k" in recipe else []
+    return "-".join([*parts, *([recipe["teacher_dtype"]] if "teacher_dtype" in recipe else [])])
+
+
+def logits_names(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name of stored teacher outputs -> a recipe that has them."""
+    stored = [recipe for recipe in config["recipes"].values() if "teacher_logits" in recipe]
+    return {logits_name(recipe): recipe for recipe in stored}
+
+
+def _check_names(config: Config) -> None:
+    """Every name that is used is defined, and none is taken twice."""
+
+    def known(section: str, name: str, key: str) -> None:
+        if name not in config[section]:
+            raise UserError(f"config: {key}: {_unknown(name, section, config[section])}")
+
+    for section, names in RESERVED.items():
+        for name in names & set(config[section]):
+            raise UserError(f"config: {section}.{name}: this name is reserved; choose another")
+    for name, teacher in config["teachers"].items():
+        for use, tokens in teacher["tokens"].items():
+            known("datasets", tokens["dataset"], f"teachers.{name}.tokens.{use}.dataset")
+    for name, dataset in config["datasets"].items():
+        for part in dataset.get("mix", ()):
+            key = f"datasets.{name}.mix.{part}"
+            known("datasets", part, key)
+            inner = config["datasets"][part]
+            if "mix" in inner or len(inner.get("files", ())) > 1:
+                raise UserError(f"config: {key}: is itself of several parts; name them here")
+    where: dict[str, str] = {}
+    for name, evaluation in config["evaluations"].items():
+        for task in evaluation["tasks"]:
+            if task in where:
+                raise UserError(
+                    f"config: evaluations.{name}.tasks: {task} stands in evaluations.{where[task]} "
+                    "already; scores go by task, so each may stand in one evaluation"
+                )
+            where[task] = name
+    for name, evaluation in config["evaluations"].items():
+        if evaluation.get("together") and where.get(name, name) != name:
+            raise UserError(
+                f"config: evaluations.{name}: {name} is a task of evaluations.{where[name]}; an "
+                "evaluation that is `together` needs another name"
+            )
+    for name, pipeline in config["pipelines"].items():
+        key = f"pipelines.{name}"
+        if not name.startswith("all_"):
+            raise UserError(f"config: {key}: a pipeline is a target; its name must begin with all_")
+        for section in ("teachers", "students", "evaluations"):
+            for i, item in enumerate(pipeline[section]):
+                known(section, item, f"{key}.{section}.{i}")
+        for i, entry in enumerate(pipeline["distill"]):
+            known("students", entry["student"], f"{key}.distill.{i}.student")
+            known("recipes", entry["recipe"], f"{key}.distill.{i}.recipe")
+        if "best" in pipeline:
+            known("recipes", pipeline["best"], f"{key}.best")
+        if pipeline["distill"] or "best" in pipeline:
+            for teacher in pipeline["teachers"]:
+                if "distillation" not in config["teachers"][teacher]["tokens"]:
+                    raise UserError(
+                        f"config: {key}.distill: teachers.{teacher}.tokens has no `distillation`; "
+                        "add it"
+                    )
+
+
+def _check_sizes(config: Config) -> None:
+    """Numbers that must agree with one another."""
+    for name, teacher in config["teachers"].items():
+        _check_sizes_file(name, teacher)
+        if not has_experts(teacher):
+            continue
+        experts, top_k = teacher["experts"], teacher["top_k"]
+        if top_k > experts:
+            raise UserError(
+                f"config: teachers.{name}.top_k: {top_k} is more than its {experts} experts"
+            )
+        sequences = teacher["tokens"]["calibration"]["sequences"]
+        batches = -(-sequences // teacher["batch"])
+        if teacher.get("shares", 1) > batches:
+            raise UserError(
+                f"config: teachers.{name}.shares: {teacher['shares']} jobs cannot share {batches} "
+                f"batches ({sequences} calibration sequences, {teacher['batch']} at once)"
+            )
+        for i, keep in enumerate(teacher["keeps"]):
+            _check_keep(keep, name, teacher, f"teachers.{name}.keeps.{i}")
+    for name, recipe in config["recipes"].items():
+        key = f"config: recipes.{name}"
+        steps, peak = recipe["steps"], recipe["learning_rate"]
+        used = recipe.get("warmup_steps", 0) + recipe.get("decay_steps", 0)
+        if used > steps:
+            raise UserError(
+                f"{key}.steps: {steps} is less than warmup_steps + decay_steps = {used}"
+            )
+        if recipe.get("min_learning_rate", 0) > peak:
+            raise UserError(
+                f"{key}.min_learning_rate: {recipe['min_learning_rate']} is more than "
+                f"learning_rate = {peak}"
+            )
+        if "teacher_logits" in recipe:
+            parts = recipe["teacher_logits"].get("parts", 1)
+            same = logits_names(config)[logits_name(recipe)]["teacher_logits"].get("parts", 1)
+            if parts != same:
+                raise UserError(
+                    f"{key}.teacher_logits.parts: {parts}, but {same} in another recipe with the "
+                    "same outputs"
+                )
+            for other, allowed in STORED_GOES_WITH.items():
+                if recipe.get(other, allowed) != allowed:
+                    raise UserError(
+                        f"{key}.{other}: {recipe[other]}, but with teacher_logits it is {allowed}"
+                    )
+        at_once = recipe.get("device_batch", 1) * max(recipe.get("gpus", 1), 1)
+        if recipe.get("batch", at_once) % at_once:
+            raise UserError(
+                f"{key}.batch: {recipe['batch']} is not a multiple of device_batch times gpus = "
+                f"{at_once}"
+            )
+    for name, pipeline in config["pipelines"].items():
+        used_students = [*pipeline["students"], *(e["student"] for e in pipeline["distill"])]
+        teachers = {t: config["teachers"][t] for t in pipeline["teachers"]}
+        with_experts = [t for t, entry in teachers.items() if has_experts(entry)]
+        if (pipeline["scorings"] or "best" in pipeline) and not with_experts:
+            raise UserError(f"config: pipelines.{name}.scorings: none of its teachers has experts")
+        for student in dict.fromkeys(used_students):
+            _check_student(config, name, student)
+        recipes = {e["recipe"] for e in pipeline["distill"]} | {pipeline.get("best")} - {None}
+        for teacher, entry in teachers.items():
+            if "sizes" not in entry:
+                for recipe in sorted(recipes):
+                    _require_resources(config["recipes"][recipe], f"recipes.{recipe}", teacher)
+
+
+def _check_student(config: Config, pipeline: str, name: str) -> None:
+    """A student that a pipeline uses is made from one of its teachers, which has enough experts."""
+    student, teachers = config["students"][name], config["pipelines"][pipeline]["teachers"]
+    fitting = [t for t in teachers if goes_with(student, config["teachers"][t])]
+    if teachers and not fitting:
+        kind = "is dense" if student_kind(student) == "d2d" else "has experts"
+        raise UserError(
+            f"config: pipelines.{pipeline}: students.{name} is made from no teacher of it; none of "
+            f"{', '.join(teachers)} {kind}"
+        )
+    for teacher in fitting:
+        if "keep" in student:
+            key = f"pipelines.{pipeline}: students.{name}.keep"
+            _check_keep(student["keep"], teacher, config["teachers"][teacher], key)
+            keeps = config["teachers"][teacher]["keeps"]
+            if "best_of" in student and student["keep"] not in keeps:
+                raise UserError(
+                    f"config: {key}: {student['keep']} is not among teachers.{teacher}.keeps, "
+                    f"{', '.join(map(str, keeps))}, of which the grids are"
+                )
+
+
+def _check_sizes_file(name: str, teacher: Mapping[str, Any]) -> None:
+    """The file of `sizes` is of a model with these experts; without one, resources are stated."""
+    if "sizes" not in teacher:
+        _require_resources(teacher.get("resources", {}), f"teachers.{name}.resources", name)
+        return
+    try:
+        sizes = read_sizes(teacher["sizes"])
+    except UserError as error:
+        raise UserError(f"config: teachers.{name}.sizes: {error}") from None
+    for key, found in (("experts", sizes.get("num_experts")), ("top_k", sizes.get("top_k"))):
+        if teacher.get(key) != found:
+            raise UserError(
+                f"config: teachers.{name}.{key}: {teacher.get(key)}, but {teacher['sizes']} has "
+                f"{found}"
+            )
+
+
+def _require_resources(stated: Mapping[str, Any], key: str, teacher: str) -> None:
+    missing = [name for name in ("gpus", "mem_mb", "runtime") if name not in stated]
+    if missing:
+        raise UserError(
+            f"config: {key}: the key {missing[0]} is missing; state it, or give teachers.{teacher} "
+            "its `sizes`, from which it follows"
+        )
+
+
+def _check_keep(keep: int, name: str, teacher: Mapping[str, Any], key: str) -> None:
+    low, high = teacher["top_k"], teacher["experts"]
+    if not low <= keep <= high:
+        raise UserError(
+            f"config: {key}: {keep} experts cannot be kept of {name}; from {low} (its top_k) to "
+            f"{high} (its experts) are allowed"
+        )
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for a schema error: the key, the value, what is allowed."""
+    key = ".".join(str(part) for part in error.absolute_path)
+    place = f"{key}: " if key else ""
+    schema: Mapping[str, Any] = error.schema
+    if error.validator == "additionalProperties":
+        keys = schema["properties"]
+        unknown = next(name for name in error.instance if name not in keys)
+        return f"{place}{_unknown(str(unknown), 'key', keys)}"
+    if error.validator == "required":
+        missing = next(name for name in error.validator_value if name not in error.instance)
+        meaning = schema.get("properties", {}).get(missing, {}).get("description", "")
+        return f"{place}the key {missing} is missing" + (f" ({meaning})" if meaning else "")
+    if error.validator in ("minProperties", "maxProperties"):
+        allowed = ", ".join(schema["properties"])
+        return f"{place}has {len(error.instance)} keys; exactly one of {allowed} is allowed"
+    if error.validator == "enum":
+        choices = [str(value) for value in error.validator_value]
+        return f"{place}{_unknown(str(error.instance), 'value', choices)}"
+    if error.validator == "pattern":
+        return (
+            f"{place}{error.instance!r}: lower-case letters, digits, '-', '_' and '.' are allowed"
+        )
+    return f"{place}{error.message}"
+
+
+def _unknown(name: str, kind: str, allowed: Iterable[str]) -> str:
+    allowed = list(allowed)
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    kind = {"key": "key", "value": "value"}.get(kind, f"name in {kind}")
+    return f"unknown {kind} {name!r}; {hint}allowed: {', '.join(allowed) or 'none'}"

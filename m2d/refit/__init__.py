@@ -1,0 +1,1 @@
+"""Closed-form repair of a student before distillation."""

@@ -1,0 +1,352 @@
+"""Refit: a student's down projections anew by ridge regression on calibration tokens.
+
+Not of the paper. Only the down projections (and their biases) change; the student keeps its
+architecture and size. docs/closed-form.md has the mathematics and what it is worth.
+Shapes: B sequences of T tokens, N = B T, H hidden size, W the student's intermediate size.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from m2d import __version__
+from m2d.artifacts import atomic_path, read_json, require_absent, sha256_of
+from m2d.errors import UserError
+from m2d.models.checkpoint import Checkpoint, shard_files, write_checkpoint
+from m2d.models.entries import read_entry, read_header
+from m2d.models.families import Family
+from m2d.models.teacher import Teacher, locate, open_teacher, pick_device, pick_dtype
+from m2d.options import add_compute_options
+from m2d.progress import progress, say
+from m2d.refit.halves import (
+    Halves,
+    SteppedModel,
+    StudentFeedForward,
+    block_path,
+    check_halves,
+    open_student,
+    residual_multiplier,
+    run_halves,
+)
+from m2d.refit.ridge import RIDGES, Moments, refit_down, squared_error
+from m2d.students.card import model_card
+from m2d.tokens.files import read_tokens
+
+VARIANTS = ("layer", "sequential")
+WEIGHTINGS = ("equal", "relative")
+HELD_OUT_EVERY = 8  # every 8th sequence chooses the ridge
+WRITTEN_ANEW = ("README.md", "m2d.json", "metrics.jsonl")
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a refit did to one layer; errors are mean squared ones per token."""
+
+    layer: int
+    ridge: float | None
+    """None where no ridge improved on the held-out tokens; the layer is then as it was."""
+    target: float
+    """Mean squared norm of what the FFN should put out."""
+    before: float
+    """Error on all calibration tokens before."""
+    after: float
+    held_out_before: float
+    """Error on the held-out sequences before, and with the ridge fitted on the others."""
+    held_out_after: float
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """New down projections by layer: [W (+ 1), H], the last row the bias where there is one."""
+
+    rows: dict[int, Tensor]
+    layers: list[LayerReport]
+
+
+@torch.no_grad()
+def refit(
+    teacher: Teacher,
+    student_folder: Path,
+    tokens: Tensor,
+    variant: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
+    ridges: Sequence[float] = RIDGES,
+    held_out_every: int = HELD_OUT_EVERY,
+    weighting: str = "equal",
+) -> Refitted:
+    """Solve the down projection of every converted layer, one layer after the other.
+
+    tokens [sequences, length]; variant: "layer" fits the teacher's block on the teacher's own
+    inputs; "sequential" fits, on the student's own stream, what brings its residual stream to the
+    teacher's. weighting: "equal" counts every token alike; "relative" divides its error by the
+    squared norm of the teacher's residual stream after the layer (weights of mean 1), since the
+    next norm sees errors relative to that. dtype: of both models' computation.
+    Memory: one layer of each model, W^2 float64 numbers a few times, and hidden states of every
+    token (one of the teacher's; for "sequential" three more).
+    Raises UserError where student and teacher do not belong together, or tokens are too few.
+    """
+    if variant not in VARIANTS:
+        raise UserError(f"unknown refit {variant!r}; known: {', '.join(VARIANTS)}")
+    if weighting not in WEIGHTINGS:
+        raise UserError(f"unknown weighting {weighting!r}; known: {', '.join(WEIGHTINGS)}")
+    if len(tokens) < 2:
+        raise UserError("refit needs at least 2 sequences: some to fit, some to hold out")
+    opened = open_student(student_folder, teacher)
+    disk = student_dtype(opened)
+    source = SteppedModel(teacher, dtype, device)
+    target = SteppedModel(opened, dtype, device)
+    source.start(tokens, batch)
+    if variant == "sequential":
+        target.start(tokens, batch)
+    held_out = held_out_sequences(len(tokens), held_out_every).split(batch)
+    rows: dict[int, Tensor] = {}
+    reports: list[LayerReport] = []
+    for index in progress(range(len(source.layers)), f"refit ({variant}), layers"):
+        theirs = source.load(index)
+        if index not in teacher.moe_layers:
+            source.advance(theirs, index)
+            source.drop(theirs)
+            if variant == "sequential":
+                ours = target.load(index)
+                target.advance(ours, index)
+                target.drop(ours)
+            continue
+        ours = target.load(index)
+        feed_forward = StudentFeedForward(ours, teacher.family)
+        fitting = _Fitting(feed_forward, held_out)
+        kept: list[Halves] = []
+        for i in range(len(source.hidden)):
+            expected = _teacher_half(source, theirs, index, i, check=not reports)
+            root = token_weights(source.hidden[i]).sqrt() if weighting == "relative" else None
+            if variant == "sequential":
+                call = target.call(index, i)
+                halves = run_halves(ours, feed_forward.block, target.hidden[i], call)
+                # r_T + m y_T is where the teacher's stream goes on; m times what the FFN puts out,
+                # and r_S, must add up to it.
+                drift = wide(expected.residual) - wide(halves.residual)
+                wanted = wide(expected.block_output) + drift / residual_multiplier(ours)
+                fitting.add(i, wanted - wide(halves.block_output), root)
+                halves.block_output = halves.block_output[:0]
+                kept.append(halves)
+            else:
+                base = feed_forward.base(expected.block_input)
+                fitting.add(i, wide(expected.block_output) - wide(base), root)
+        rows[index], report = fitting.solve(index, ridges, disk)
+        reports.append(report)
+        feed_forward.replace(rows[index], disk)
+        for i, halves in enumerate(kept):
+            out = feed_forward.output(halves.block_input)
+            target.hidden[i] = halves.residual + residual_multiplier(ours) * out
+        source.drop(theirs)
+        target.drop(ours)
+    return Refitted(rows, reports)
+
+
+def _teacher_half(
+    source: SteppedModel, layer: nn.Module, index: int, i: int, check: bool
+) -> Halves:
+    """Halves of the teacher's layer on batch i, whose hidden states then have passed the layer."""
+    block = layer.get_submodule(block_path(source.teacher.family))
+    call = source.call(index, i)
+    halves = run_halves(layer, block, source.hidden[i], call)
+    if check and i == 0:
+        check_halves(layer, halves, source.hidden[i], call, source.teacher.name)
+    source.hidden[i] = halves.residual + residual_multiplier(layer) * halves.block_output
+    return halves
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def token_weights(stream: Tensor) -> Tensor:
+    """Weights [B, T, 1] of mean 1, inverse to the squared norms of the stream [B, T, H]."""
+    weights = 1.0 / wide(stream).square().sum(-1, keepdim=True)
+    return weights / weights.mean()
+
+
+def held_out_sequences(sequences: int, every: int) -> Tensor:
+    """Which sequences are held out, bool [sequences]: every n-th, at least one, never all."""
+    step = min(every, sequences)
+    return torch.arange(sequences) % step == step - 1
+
+
+class _Fitting:
+    """Moments of one layer, batch by batch, apart for the held-out sequences."""
+
+    def __init__(self, feed_forward: StudentFeedForward, held_out: Sequence[Tensor]):
+        self.feed_forward, self.held_out = feed_forward, held_out
+        self.rows = feed_forward.rows().double()
+        sizes = (*self.rows.shape, self.rows.device)
+        self.parts = (Moments.zero(*sizes), Moments.zero(*sizes))  # to fit, held out
+
+    def add(self, i: int, wanted: Tensor, root: Tensor | None = None) -> None:
+        """The FFN's last call, of batch i, should have put out `wanted` [B, T, H].
+
+        root [B, T, 1]: square roots of the tokens' weights, 1 if None.
+        """
+        columns = self.feed_forward.columns().view(*wanted.shape[:2], -1)
+        if root is not None:
+            columns, wanted = wide(columns) * root, wanted * root
+        for part, chosen in zip(self.parts, (~self.held_out[i], self.held_out[i]), strict=True):
+            if chosen.any():
+                where = chosen.to(columns.device)
+                part.add(columns[where].flatten(0, 1), wanted[where].flatten(0, 1))
+
+    def solve(
+        self, index: int, ridges: Sequence[float], disk: torch.dtype
+    ) -> tuple[Tensor, LayerReport]:
+        """The rows, as `disk` rounds them, and the report."""
+        fit, held_out = self.parts
+        free = 0 if self.feed_forward.bias is None else 1
+        found, choice = refit_down(fit, held_out, self.rows, ridges, free)
+        both = fit + held_out
+        before = squared_error(both, self.rows)
+        found = found.to(disk).double()
+        after = squared_error(both, found)
+        if not after < before:  # rounding took what there was to gain
+            found, after = self.rows, before
+        target = float(both.yty / both.n_tokens)
+        errors = (before, after, choice.before, choice.after)
+        return found, LayerReport(index, choice.ridge, target, *errors)
+
+
+def student_dtype(student: Teacher) -> torch.dtype:
+    """The dtype of the student's first converted layer on disk."""
+    return student.dtype
+
+
+def down_names(checkpoint: Checkpoint, family: Family, layer: int) -> dict[str, str]:
+    """Names on disk of a layer's down projection ("weight") and its bias ("bias")."""
+    fields = {"layer": layer, "expert": 0}
+    template = family.down_proj if family.one_expert else family.dense_down_proj
+    names = {}
+    for part in ("weight", "bias"):
+        canonical = template.format(**fields).removesuffix("weight") + part
+        if canonical not in checkpoint:
+            continue
+        fused = canonical.replace(".0.down_proj.", ".down_proj.")
+        fused = fused.removesuffix(f".{part}") + ("_bias" if part == "bias" else "")
+        name = fused if family.one_expert and checkpoint.fused else canonical
+        names[part] = checkpoint.on_disk.get(name, name)
+    return names
+
+
+def as_on_disk(value: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
+    """A down projection [H, W] or bias [H] in the form [H, W], [1, H, W] or [1, W, H] on disk."""
+    value = value.T if transposed and value.ndim == 2 and len(shape) == 3 else value
+    return value.reshape(shape).contiguous()
+
+
+def write_refitted(
+    student_folder: Path, out: str | Path, family: Family, found: Refitted, record: dict[str, Any]
+) -> Path:
+    """Write the student's folder anew with its new down projections; all else is copied.
+
+    record: the "refit" section of m2d.json.
+    """
+    require_absent(out)
+    checkpoint = Checkpoint(student_folder)
+    entries = {}
+    for file in shard_files(student_folder):
+        entries.update(read_header(file)[0])
+    changed: dict[str, Tensor] = {}
+    for layer, rows in found.rows.items():
+        names = down_names(checkpoint, family, layer)
+        parts = {"weight": rows[:-1].T, "bias": rows[-1]} if "bias" in names else {"weight": rows.T}
+        changed |= {names[part]: value for part, value in parts.items()}
+
+    def tensor(name: str) -> Tensor:
+        entry = entries[name]
+        if name not in changed:
+            return read_entry(entry, name)
+        value = as_on_disk(changed[name], entry.shape, family.transposed)
+        return value.to("cpu", entry.dtype)
+
+    own = student_folder / "m2d.json"
+    about = {**(read_json(own) if own.is_file() else {}), "m2d_version": __version__}
+    about["refit"] = record
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        write_checkpoint(folder, {n: (e.dtype, e.shape) for n, e in entries.items()}, tensor)
+        for file in sorted(student_folder.iterdir()):
+            anew = file.name in WRITTEN_ANEW or file.name.endswith(WEIGHTS)
+            if file.is_file() and not anew:
+                shutil.copyfile(file, folder / file.name)
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        (folder / "m2d.json").write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(model_card(about), encoding="utf-8")
+    return Path(out)
+
+
+def refit_record(
+    variant: str, tokens: Tensor, found: Refitted, dtype: torch.dtype, weighting: str = "equal"
+) -> dict[str, Any]:
+    """What m2d.json says of a refit."""
+    return {
+        "variant": variant,
+        "weighting": weighting,
+        "sequences": tokens.shape[0],
+        "length": tokens.shape[1],
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": [asdict(layer) for layer in found.layers],
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("student", type=Path, help="the student's folder")
+    parser.add_argument("teacher", help="folder or hub id")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--tokens", required=True, help="token file from m2d tokenize")
+    parser.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        default="sequential",
+        help="layer: on the teacher's inputs; sequential: on the student's own (sequential)",
+    )
+    parser.add_argument(
+        "--weighting",
+        choices=WEIGHTINGS,
+        default="equal",
+        help="of tokens; relative: by the size of the teacher's residual stream (equal)",
+    )
+    add_compute_options(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    require_absent(args.out)
+    folder = locate(args.student)
+    teacher = open_teacher(args.teacher)
+    tokens = read_tokens(args.tokens, teacher.config.vocab_size)
+    dtype = pick_dtype(args.dtype, teacher.dtype)
+    found = refit(
+        teacher, folder, tokens, args.variant, weighting=args.weighting,
+        dtype=dtype, device=pick_device(args.device), batch=args.batch,
+    )  # fmt: skip
+    record = refit_record(args.variant, tokens, found, dtype, args.weighting)
+    record["upstream_sha256"] = {
+        "calibration": sha256_of(args.tokens),
+        "student": {f.name: sha256_of(f) for f in shard_files(folder)},
+    }
+    write_refitted(folder, args.out, teacher.family, found, record)
+    for layer in found.layers:
+        say(describe(layer))
+
+
+def describe(layer: LayerReport) -> str:
+    """One line on a layer."""
+    ridge = "kept as it was" if layer.ridge is None else f"ridge {layer.ridge:g}"
+    before, after = (value / layer.target for value in (layer.before, layer.after))
+    return f"layer {layer.layer}: squared error {before:.3f} -> {after:.3f} of the target, {ridge}"

@@ -1,0 +1,1 @@
+"""Results gathered into tables, figures and model cards."""

@@ -1,0 +1,1 @@
+"""The calibration pass: routing, Gram and neuron statistics, their files, and rankings."""

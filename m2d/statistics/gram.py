@@ -1,0 +1,167 @@
+"""Gram statistics: inner products of all experts' outputs on every calibration token.
+
+Definitions: docs/method.md. Expert outputs are large products in the teacher's dtype; their inner
+products are taken over chunks of tokens with float32 accuracy, and added up in float64.
+Shapes: N tokens, E experts, H hidden size, I expert intermediate size.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from m2d.choose.layer_statistics import GramStatistics
+from m2d.memory import free_memory
+from m2d.models.experts import TILE, StackedExperts
+from m2d.models.routers import router_gram
+from m2d.statistics.routing import add_statistics_options, collect
+from m2d.statistics.shards import LayerSums, gram_statistics
+
+# Memory that all experts' outputs on a chunk of tokens may take on a CPU.
+CHUNK_BYTES = 220_000_000
+COLUMNS_AT_ONCE = 16_384  # columns of the outputs that are widened to float32 at a time
+# Rows of one block of the upper triangle: in smaller ones the products cost more than is saved.
+BLOCK_ROWS = 64
+
+
+def inner_products(rows: Tensor) -> Tensor:
+    """rows @ rows.T, float64 [R, R] of [R, M], accumulated in float32 within chunks of M.
+
+    Only blocks on and above the diagonal are computed. Rows of bfloat16 are multiplied as
+    bfloat16 (exact products), with float32 sums.
+    """
+    count, columns = rows.shape
+    total = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    with _exact_low_precision_products(rows):
+        # One buffer for all parts: fresh memory for each would cost more than the products.
+        buffer = rows.new_empty(count, min(columns, COLUMNS_AT_ONCE), dtype=wide)
+        step = -(-count // max(1, count // BLOCK_ROWS))
+        for start in range(0, columns, COLUMNS_AT_ONCE):
+            part = buffer[:, : min(COLUMNS_AT_ONCE, columns - start)]
+            part.copy_(rows[:, start : start + COLUMNS_AT_ONCE])
+            for top in range(0, count, step):
+                total[top : top + step, top:] += part[top : top + step] @ part[top:].T
+    upper = total.triu()
+    return upper + upper.triu(1).T
+
+
+@contextlib.contextmanager
+def _exact_low_precision_products(rows: Tensor) -> Iterator[None]:
+    """Let float32 products run on the bfloat16 units where the values are bfloat16 anyway.
+
+    The result is float32 either way; only the factors would be rounded, and they need none.
+    """
+    if rows.dtype != torch.bfloat16:
+        yield
+        return
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if rows.is_cuda else backends.mkldnn.matmul
+    before = backend.fp32_precision
+    # On a GPU, TF32 holds every bfloat16 exactly.
+    backend.fp32_precision = "tf32" if rows.is_cuda else "bf16"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+def routed_output(outputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """y [N, H]: the weighted sum of the selected experts among outputs [E + 1, N H]."""
+    tokens = torch.arange(index.shape[0], device=index.device)[:, None]
+    by_token = outputs.unflatten(1, (len(index), -1))
+    chosen = by_token[index, tokens]  # [N, k, H]
+    return torch.bmm(weights[:, None].to(outputs.dtype), chosen).squeeze(1)
+
+
+class GramTotals:
+    """Adds up Gram statistics by layer; its `visit` goes to StreamedTeacher.run."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerSums] = {}  # inner_products [E + 1, E + 1]: experts, then y
+        # [E + 1, N H], reused: fresh memory for every chunk would cost a third of the time.
+        self.buffer = torch.empty(0)
+
+    def visit(
+        self,
+        layer: int,
+        router: nn.Module,
+        experts: StackedExperts,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        norms: Tensor,
+    ) -> None:
+        if layer not in self.layers:
+            own = {"weight_gram": weight_gram(experts), "router_gram": router_gram(router)}
+            same = {name: value.cpu().numpy() for name, value in own.items()}
+            self.layers[layer] = LayerSums(same=same)
+        count, size = experts.num_experts + 1, hidden.shape[1]
+        chunks = even_chunks(
+            len(hidden), chunk_tokens(count * size * hidden.element_size(), hidden)
+        )
+        width = (chunks[0].stop - chunks[0].start) * size
+        if self.buffer.shape != (count, width) or self.buffer.dtype != hidden.dtype:
+            self.buffer = hidden.new_empty(count, width)
+        for rows in chunks:
+            tokens = rows.stop - rows.start
+            outputs = self.buffer[:, : tokens * size]
+            every_expert(experts, hidden[rows], outputs)
+            outputs[-1] = routed_output(outputs, index[rows], weights[rows]).flatten()
+            products = inner_products(outputs).cpu().numpy()
+            self.layers[layer].add(
+                {"inner_products": products, "n_tokens": np.array(float(tokens))}
+            )
+
+    def result(self) -> dict[int, GramStatistics]:
+        """Gram statistics by layer."""
+        return {index: gram_statistics(layer) for index, layer in self.layers.items()}
+
+
+def every_expert(experts: StackedExperts, hidden: Tensor, outputs: Tensor) -> None:
+    """f_e(x) of every expert on every token [N, H], into the first E of outputs [E + 1, N H]."""
+    for expert in range(experts.num_experts):
+        inner, down = experts.inner(expert, hidden), experts.down_proj[expert].T
+        out = outputs[expert].view_as(hidden)
+        if experts.down_bias is None:
+            torch.mm(inner, down, out=out)
+        else:
+            torch.addmm(experts.down_bias[expert], inner, down, out=out)
+
+
+def chunk_tokens(token_bytes: int, hidden: Tensor) -> int:
+    """Most tokens of a chunk, token_bytes each: a quarter of the free memory holds them.
+
+    On a CPU they are at most CHUNK_BYTES: twice as much is a fifth faster (docs/performance.md),
+    but the peak of memory would pass two layers and 1 GB.
+    """
+    limit = free_memory(hidden.device) // 4
+    return max(1, (limit if hidden.is_cuda else min(limit, CHUNK_BYTES)) // token_bytes)
+
+
+def even_chunks(tokens: int, limit: int) -> list[slice]:
+    """Consecutive parts of at most `limit` tokens, the first the largest, whole TILES if it can."""
+    size = -(-tokens // -(-tokens // limit))
+    tiles = -(-size // TILE) * TILE
+    size = tiles if tiles <= limit else size
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def weight_gram(experts: StackedExperts) -> Tensor:
+    """W [E, E]: inner products of the experts' own weights, gate, up and down together."""
+    return torch.stack([inner_products(p) for p in experts.parameters_of_routed()]).sum(0)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help="folder or hub id")
+    parser.add_argument("out", type=Path, help="the file to write, .safetensors")
+    add_statistics_options(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    collect(args, "gram", lambda _: GramTotals())

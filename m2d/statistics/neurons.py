@@ -1,0 +1,253 @@
+"""Neuron statistics: what each intermediate neuron of each expert contributes, routed.
+
+One pass of the calibration tokens through the teacher; with a greedy order, a second one. The file
+is safetensors, float32, per layer i: layers.{i}.weighted_square_sum [E, I], .down_square_norm
+[E, I], .mean_weight [E], and with a greedy order .greedy [n, 2] (int32) and .greedy_gain [n]; its
+metadata key "m2d" is as in the Gram statistics, and n_tokens. Definitions: docs/closed-form.md.
+Shapes: N tokens, E experts, I expert intermediate size, H hidden size.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from m2d.artifacts import atomic_path
+from m2d.choose.neuron_statistics import CHOICES, NeuronStatistics
+from m2d.choose.neurons import Neurons, check_width, contribution, greedy_neurons, top_neurons
+from m2d.errors import UserError
+from m2d.models.experts import StackedExperts
+from m2d.models.stream import StreamedTeacher
+from m2d.models.teacher import open_teacher, pick_device, pick_dtype
+from m2d.options import add_compute_options, positive
+from m2d.progress import say
+from m2d.refit.ridge import Moments
+from m2d.statistics.routing import provenance
+from m2d.students.widths import add_width_options, chosen_width
+from m2d.tokens.files import read_tokens
+
+FORMAT = 1
+PARTS = ("weighted_square_sum", "down_square_norm", "mean_weight")
+CANDIDATES_PER_NEURON = 4
+
+
+class NeuronTotals:
+    """Adds up routed contributions by layer; its `visit` goes to StreamedTeacher.run."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, int] = {}
+        self.sums: dict[int, dict[str, Tensor]] = {}
+
+    def visit(
+        self,
+        layer: int,
+        router: nn.Module,
+        experts: StackedExperts,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        norms: Tensor,
+    ) -> None:
+        count = experts.num_experts
+        if layer not in self.sums:
+            down = experts.down_proj[:count].float()
+            squares = torch.zeros(down.shape[0], down.shape[2], dtype=torch.float64)
+            self.sums[layer] = {
+                "weighted_square_sum": squares.to(hidden.device),
+                "down_square_norm": down.square().sum(1),
+                "weight_sum": torch.zeros(count, dtype=torch.float64, device=hidden.device),
+            }
+            self.tokens[layer] = 0
+        sums = self.sums[layer]
+        for expert in range(count):
+            rows, place = torch.nonzero(index == expert, as_tuple=True)
+            if len(rows):
+                weight = weights[rows, place].float()
+                inner = experts.inner(expert, hidden[rows]).float() * weight[:, None]
+                sums["weighted_square_sum"][expert] += inner.square().sum(0)
+                sums["weight_sum"][expert] += weight.double().sum()
+        self.tokens[layer] += len(hidden)
+
+    def result(self) -> dict[int, NeuronStatistics]:
+        """Neuron statistics by layer."""
+        return {
+            layer: NeuronStatistics(
+                layer=layer,
+                n_tokens=self.tokens[layer],
+                weighted_square_sum=sums["weighted_square_sum"].cpu().numpy(),
+                down_square_norm=sums["down_square_norm"].double().cpu().numpy(),
+                mean_weight=sums["weight_sum"].cpu().numpy() / self.tokens[layer],
+            )
+            for layer, sums in sorted(self.sums.items())
+        }
+
+
+class CandidateMoments:
+    """Adds up h'h and h'y over candidate neurons on every token; `visit` as above.
+
+    The activations are unrouted ones, as a dense student has them; y is the routed output.
+    """
+
+    def __init__(self, candidates: Mapping[int, Neurons]):
+        self.candidates = candidates
+        self.moments: dict[int, Moments] = {}
+
+    def visit(
+        self,
+        layer: int,
+        router: nn.Module,
+        experts: StackedExperts,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        norms: Tensor,
+    ) -> None:
+        chosen = torch.from_numpy(self.candidates[layer]).to(hidden.device)
+        if layer not in self.moments:
+            self.moments[layer] = Moments.zero(len(chosen), hidden.shape[1], hidden.device)
+        columns = hidden.new_empty(len(hidden), len(chosen), dtype=torch.float32)
+        target = hidden.new_zeros(*hidden.shape, dtype=torch.float32)
+        for expert in range(experts.num_experts):
+            mine = torch.nonzero(chosen[:, 0] == expert)[:, 0]
+            rows, place = torch.nonzero(index == expert, as_tuple=True)
+            if not len(mine) and not len(rows):
+                continue
+            inner = experts.inner(expert, hidden)
+            columns[:, mine] = inner[:, chosen[mine, 1]].float()
+            bias = None if experts.down_bias is None else experts.down_bias[expert]
+            out = nn.functional.linear(inner[rows], experts.down_proj[expert], bias)
+            target.index_add_(0, rows, out.float() * weights[rows, place].float()[:, None])
+        self.moments[layer].add(columns, target)
+
+
+def collect(
+    stream: StreamedTeacher,
+    tokens: Tensor,
+    batch: int,
+    greedy: int | None = None,
+    candidates: int | None = None,
+) -> list[NeuronStatistics]:
+    """Neuron statistics of every MoE layer, from tokens [S, T].
+
+    greedy: also order so many neurons by greedy regression, among the `candidates` of the highest
+    contribution (default: four times as many, or all). Raises UserError where there are not enough.
+    """
+    teacher = stream.teacher
+    totals = NeuronTotals()
+    available = teacher.num_experts * teacher.expert_width
+    for width in (greedy, candidates):
+        if width is not None:
+            check_width(width, available)
+    stream.run(tokens, batch, totals.visit, "neurons, layers")
+    layers = totals.result()
+    if greedy is not None:
+        count = min(candidates or CANDIDATES_PER_NEURON * greedy, available)
+        chosen = {i: top_neurons(score_of(layer), count) for i, layer in layers.items()}
+        second = CandidateMoments(chosen)
+        stream.run(tokens, batch, second.visit, "neurons in greedy order, layers")
+        for i, layer in layers.items():
+            layers[i] = _ordered(layer, chosen[i], second.moments.pop(i), greedy)
+    return list(layers.values())
+
+
+def score_of(layer: NeuronStatistics) -> Any:
+    """Routed contribution [E, I]."""
+    return contribution(layer.weighted_square_sum, layer.down_square_norm, layer.n_tokens)
+
+
+def _ordered(
+    layer: NeuronStatistics, candidates: Neurons, moments: Moments, count: int
+) -> NeuronStatistics:
+    arrays = (moments.hth.cpu().numpy(), moments.hty.cpu().numpy())
+    neurons, gains = greedy_neurons(candidates, *arrays, count)
+    share = gains / float(moments.yty)
+    return NeuronStatistics(
+        layer.layer,
+        layer.n_tokens,
+        layer.weighted_square_sum,
+        layer.down_square_norm,
+        layer.mean_weight,
+        neurons,
+        share,
+    )
+
+
+def write_neurons(
+    path: str | Path, layers: Sequence[NeuronStatistics], metadata: dict[str, Any]
+) -> None:
+    """Write the file; see the module's docstring."""
+    tensors: dict[str, Any] = {}
+    for layer in layers:
+        for part in PARTS:
+            tensors[f"layers.{layer.layer}.{part}"] = getattr(layer, part).astype(np.float32)
+        if layer.greedy is not None and layer.greedy_gain is not None:
+            tensors[f"layers.{layer.layer}.greedy"] = layer.greedy.astype(np.int32)
+            tensors[f"layers.{layer.layer}.greedy_gain"] = layer.greedy_gain.astype(np.float32)
+    about = {"format": FORMAT, "n_tokens": layers[0].n_tokens, **metadata}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"m2d": json.dumps(about)})
+
+
+def read_neurons(path: str | Path) -> tuple[list[NeuronStatistics], dict[str, Any]]:
+    """Neuron statistics by layer, and the file's metadata.
+
+    Raises UserError where the file is unreadable or not of this format.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            metadata = json.loads((file.metadata() or {})["m2d"])
+            if metadata.get("format") != FORMAT:
+                raise UserError(f"{path}: format {metadata.get('format')!r}; {FORMAT} is read")
+            tokens = int(metadata["n_tokens"])
+            names = set(file.keys())
+            indices = sorted({int(name.split(".")[1]) for name in names})
+            layers = []
+            for i in indices:
+                parts = {p: file.get_tensor(f"layers.{i}.{p}").astype(np.float64) for p in PARTS}
+                if f"layers.{i}.greedy" in names:
+                    parts["greedy"] = file.get_tensor(f"layers.{i}.greedy").astype(np.int64)
+                    gain = file.get_tensor(f"layers.{i}.greedy_gain")
+                    parts["greedy_gain"] = gain.astype(np.float64)
+                layers.append(NeuronStatistics(layer=i, n_tokens=tokens, **parts))
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: not a neuron statistics file ({error})") from None
+    return layers, metadata
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help="folder or hub id")
+    parser.add_argument("out", type=Path, help="the file to write, .safetensors")
+    parser.add_argument("--tokens", required=True, help="token file from m2d tokenize")
+    parser.add_argument(
+        "--choice",
+        choices=CHOICES,
+        default=CHOICES[0],
+        help="greedy: also order as many neurons as the student will have (%(default)s)",
+    )
+    add_width_options(parser)
+    parser.add_argument(
+        "--candidates", type=positive, help="neurons for greedy to choose from (4 times as many)"
+    )
+    add_compute_options(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    greedy = args.choice == "greedy"
+    for name in ("width", "params", "candidates"):
+        if getattr(args, name) and not greedy:
+            raise UserError(f"--{name}: is of use with --choice greedy alone")
+    teacher = open_teacher(args.teacher)
+    width = chosen_width(teacher, args.width, args.params) if greedy else None
+    tokens = read_tokens(args.tokens, teacher.config.vocab_size)
+    dtype = pick_dtype(args.dtype, teacher.dtype)
+    stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
+    layers = collect(stream, tokens, args.batch, width, args.candidates)
+    write_neurons(args.out, layers, provenance(teacher, args.tokens, dtype))
+    say(f"{args.out}: {len(layers)} layers, {tokens.numel()} tokens")

@@ -1,0 +1,271 @@
+"""Merging: a teacher and a plan to a student's folder, tensor by tensor.
+
+No model is instantiated: the plan names the tensors to read, and the student's stock class (on the
+meta device) those to write.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m2d import __version__
+from m2d.artifacts import atomic_path, read_json, require_absent, sha256_of
+from m2d.choose.names import identifiers, resolve
+from m2d.choose.neuron_statistics import CHOICES, neuron_plan
+from m2d.choose.plan import Plan, check_keep, make_plan, plan_from_dict
+from m2d.choose.ranking import rankings_from_dict
+from m2d.errors import UserError
+from m2d.models.checkpoint import Checkpoint, Content, Spec, write_checkpoint
+from m2d.models.teacher import Teacher, count_parameters, open_teacher, pick_dtype
+from m2d.options import DTYPES, positive
+from m2d.progress import progress, say
+from m2d.statistics.files import read_layers
+from m2d.statistics.neurons import read_neurons
+from m2d.students.card import model_card
+from m2d.students.tensors import StudentTensors, build_student_skeleton, stored_shapes
+from m2d.students.widths import add_width_options, chosen_width
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def plan_width(teacher: Teacher, plan: Plan) -> int:
+    """The widest layer of the plan, in intermediate neurons."""
+    return max(layer.width(teacher.expert_width) for layer in plan.layers)
+
+
+def write_student(
+    teacher: Teacher,
+    plan: Plan,
+    out: str | Path,
+    dtype: torch.dtype | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Path:
+    """Write the student's folder: weights, config, tokenizer, plan.json, m2d.json, model card.
+
+    dtype: of the written tensors; None keeps what is on disk. `provenance` is added to m2d.json.
+    Raises UserError where `out` exists, or the teacher's files lack what the plan needs.
+    """
+    require_absent(out)
+    raw, skeleton = build_student_skeleton(teacher, plan_width(teacher, plan))
+    if dtype is not None:
+        raw = {k: v for k, v in raw.items() if k != "torch_dtype"}
+        raw["dtype"] = str(dtype).removeprefix("torch.")
+    tensors = StudentTensors(
+        teacher.family,
+        Checkpoint(teacher.folder),
+        stored_shapes(skeleton),
+        dtype,
+        hub_names=True,
+    )
+    specs = tensors.specs(plan)
+    record = describe(teacher, plan, skeleton, raw.get("dtype", raw.get("torch_dtype")))
+    record |= provenance or {}
+    return write_folder(
+        out,
+        teacher.folder,
+        raw,
+        specs,
+        lambda name: tensors.copied(name, plan) or tensors.make(name, plan),
+        record,
+        {"plan.json": plan.to_dict()},
+    )
+
+
+def write_folder(
+    out: str | Path,
+    source: Path,
+    config: dict[str, Any],
+    specs: dict[str, Spec],
+    make: Callable[[str], Content],
+    record: dict[str, Any],
+    others: dict[str, dict[str, Any]],
+) -> Path:
+    """Write a student's folder, whole or not at all: `make(name)` for every tensor of `specs`.
+
+    The tokenizer is that of the folder `source`; `record` becomes m2d.json and the model card;
+    `others` are further JSON files by name.
+    """
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        bar: Iterator[str] = iter(progress(list(specs), "writing, tensors"))
+
+        def tensor(name: str) -> Content:
+            next(bar)
+            return make(name)
+
+        write_checkpoint(folder, specs, tensor)
+        next(bar, None)
+        copy_tokenizer(source, folder)
+        for name, value in {"config.json": config, "m2d.json": record, **others}.items():
+            write_into(folder, name, value)
+        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+    return Path(out)
+
+
+def write_into(folder: Path, name: str, value: dict[str, Any]) -> None:
+    """A JSON file in a folder that is itself still temporary."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    (folder / name).write_text(text, encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's and the generation config's files, those that exist."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def describe(
+    teacher: Teacher, plan: Plan, skeleton: torch.nn.Module, dtype: str | None
+) -> dict[str, Any]:
+    """What m2d.json says: the teacher, the student and the plan in short."""
+    return {
+        **about_teacher(teacher),
+        **about_student(teacher, skeleton),
+        "plan": {
+            "scoring": plan.scoring,
+            "grouping": plan.grouping,
+            "scaling": plan.scaling,
+            "keep": plan.keep,
+            "groups": len(plan.layers[0].groups),
+            "num_experts": teacher.num_experts,
+            "moe_layers": len(plan.layers),
+            "digest": plan.digest(),
+        },
+        "dtype": dtype,
+    }
+
+
+def about_teacher(teacher: Teacher) -> dict[str, Any]:
+    """What every student's m2d.json says of m2d and of the teacher."""
+    about = {
+        "name": teacher.name,
+        "model_type": teacher.config.model_type,
+        "license": licence_of(teacher.folder),
+        "config_sha256": sha256_of(teacher.folder / "config.json"),
+    }
+    return {
+        "m2d_version": __version__,
+        "teacher": {key: value for key, value in about.items() if value is not None},
+    }
+
+
+def about_student(teacher: Teacher, skeleton: torch.nn.Module) -> dict[str, Any]:
+    """What every student's m2d.json says of the student."""
+    architecture = teacher.family.student_architecture
+    return {"student": {"architecture": architecture, "parameters": count_parameters(skeleton)}}
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model card's front matter names, if there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
+    found = front and re.search(r"^license:\s*([\w.-]+)\s*$", front.group(1), re.M)
+    return found.group(1) if found else None
+
+
+def plan_from_files(
+    statistics: str, gram: str, ranking: str, grouping: str, scaling: str, keep: int
+) -> Plan:
+    """The plan that the statistics, a ranking and three choices determine."""
+    layers = read_layers(statistics, gram)
+    try:
+        scoring, rankings = rankings_from_dict(read_json(ranking), layers)
+    except UserError as error:
+        raise UserError(f"{ranking}: {error}") from None
+    return make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help="folder or hub id")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    experts = parser.add_argument_group("a student of whole experts (all six)")
+    experts.add_argument("--statistics", help="file from m2d stats")
+    experts.add_argument("--gram", help="file from m2d gram")
+    experts.add_argument("--ranking", help="file from m2d rank")
+    experts.add_argument("--grouping", help=f"one of {', '.join(identifiers('grouping'))}")
+    experts.add_argument("--scaling", help=f"one of {', '.join(identifiers('scaling'))}")
+    experts.add_argument("--keep", type=positive, help="experts to keep in each layer, K")
+    neurons = parser.add_argument_group("a student of single neurons")
+    neurons.add_argument("--neurons", help="file from m2d neurons")
+    neurons.add_argument("--choice", choices=CHOICES, help="(default: contribution)")
+    add_width_options(neurons)
+    again = parser.add_argument_group("a student made before")
+    again.add_argument("--plan", help="its plan.json")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the student (default: as on disk)")
+
+
+# The option that says which kind of student -> those that it needs, and those that may go with it.
+OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "plan": ((), ()),
+    "neurons": ((), ("choice", "width", "params")),
+    "ranking": (("statistics", "gram", "grouping", "scaling", "keep"), ()),
+}
+
+
+def check_options(args: argparse.Namespace) -> str:
+    """The kind of student, a key of OPTIONS. Raises UserError where options do not go together."""
+    given = {name for name in vars(args) if getattr(args, name) is not None}
+    kind = next((kind for kind in OPTIONS if kind in given), "ranking")
+    needed, _ = OPTIONS[kind]
+    if missing := [f"--{name}" for name in (kind, *needed) if name not in given]:
+        raise UserError(f"missing {', '.join(missing)}; or give --neurons or --plan")
+    for other, (needs, may) in OPTIONS.items():
+        for name in (other, *needs, *may):
+            if other != kind and name in given:
+                raise UserError(f"--{name}: does not go with --{kind}; give one or the other")
+    return kind
+
+
+def plan_of(args: argparse.Namespace, teacher: Teacher) -> tuple[Plan, dict[str, str]]:
+    """The plan that the options ask for, and the digests of the files that it comes from."""
+    kind = check_options(args)
+    if kind == "plan":
+        plan = plan_from_dict(
+            read_json(args.plan),
+            num_experts=teacher.num_experts,
+            expert_width=teacher.expert_width,
+            layers=teacher.moe_layers,
+        )
+        return plan, {"plan": sha256_of(args.plan)}
+    if kind == "neurons":
+        width = chosen_width(teacher, args.width, args.params)
+        layers, _ = read_neurons(args.neurons)
+        shape = (teacher.num_experts, teacher.expert_width)
+        found = [layer.layer for layer in layers]
+        if found != teacher.moe_layers or layers[0].down_square_norm.shape != shape:
+            raise UserError(f"{args.neurons}: not made from this teacher; run m2d neurons again")
+        plan = neuron_plan(layers, width, args.choice or CHOICES[0])
+        return plan, {"neurons": sha256_of(args.neurons)}
+    check_keep(args.keep, teacher.top_k, teacher.num_experts)
+    files = {name: getattr(args, name) for name in ("statistics", "gram", "ranking")}
+    methods = {kind: resolve(kind, getattr(args, kind)) for kind in ("grouping", "scaling")}
+    plan = plan_from_files(**files, **methods, keep=args.keep)
+    return plan, {name: sha256_of(file) for name, file in files.items()}
+
+
+def main(args: argparse.Namespace) -> None:
+    require_absent(args.out)
+    teacher = open_teacher(args.teacher)
+    plan, upstream = plan_of(args, teacher)
+    dtype = pick_dtype(args.dtype, teacher.dtype) if args.dtype else None
+    write_student(teacher, plan, args.out, dtype, {"upstream_sha256": upstream})
+    say(f"{args.out}: {teacher.family.student_architecture}, plan {plan.digest()}")
