@@ -2,7 +2,8 @@
 
 A share's file (safetensors) holds, per layer, `layers.{layer}.sum.{name}`, float64 [2, ...]: a sum
 and what rounding took from it (m2d/statistics/sums.py), and `layers.{layer}.same.{name}`, which
-every share must agree on. Shares are cut between batches, so that the jobs compute just what one job would.
+every share must agree on. Shares are cut between batches, so that the jobs compute just what one
+job would.
 """
 
 import argparse
