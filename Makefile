@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 # Rules of the workflow call `m2d`, and so find this environment's.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slurm bench check format rulegraph profiles clean help
+.PHONY: demo test test-slurm bench check format rulegraph schema profiles clean help
 
 demo: $(STAMP)
 	$(IN_VENV) snakemake --profile profiles/local all_demo
@@ -47,6 +47,10 @@ rulegraph: $(STAMP)
 	$(VENV)/bin/python docs/figures/rulegraph.py <rulegraph.dot \
 	    | dot -Tsvg -o docs/figures/rulegraph.svg
 	rm rulegraph.dot
+
+# The config's JSON schema, for editors.
+schema: $(STAMP)
+	$(VENV)/bin/python -m m2d.pipeline.schema >workflow/schemas/config.schema.json
 
 # Links the profiles to where Snakemake looks for them: then `snakemake --profile slurm` works.
 profiles:

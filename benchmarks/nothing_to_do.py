@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    config = load_config("config.yaml", "workflow/schemas/config.schema.yaml")
+    config = load_config("config.yaml")
     rows = [
         {"grouping": grouping, "scaling": "uniform", "keep": keep, "perplexity": 10.0}
         for grouping in config["grid"]["groupings"]

@@ -1,17 +1,21 @@
 """The config: the repository's own is valid, and every mistake is one line."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from m2d.cli import build_parser
+from m2d.distill.settings import DistillSettings
 from m2d.errors import UserError
+from m2d.pipeline.schema import Settings
 from m2d.pipeline.settings import check_config, load_config
+from m2d.settings import as_options
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SCHEMA = REPOSITORY / "workflow" / "schemas" / "config.schema.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def changed(config: dict[str, Any], key: str, value: object) -> dict[str, Any]:
 
 
 def test_repository_config(original: dict[str, Any]) -> None:
-    config = load_config(REPOSITORY / "config.yaml", SCHEMA)
+    config = load_config(REPOSITORY / "config.yaml")
     assert config["students"]["do-acp-k4"]["scoring"] == "gld_reap"
     assert config["students"]["sf-wc-k16"]["grouping"] == "weight_cluster"
     assert config["pipelines"]["all_grid"]["students"] == []
@@ -62,9 +66,14 @@ def test_paper_scale(original: dict[str, Any]) -> None:
         ("recipes.demo.learning_rat", 1, "recipes.demo: unknown key 'learning_rat'; did you mean "
          "learning_rate? allowed: steps, batch"),
         ("recipe", {}, "unknown key 'recipe'; did you mean recipes?"),
-        ("recipes.demo.learning_rate", ..., "recipes.demo: the key learning_rate is missing (Peak"),
-        ("recipes.demo.learning_rate", "fast", "recipes.demo.learning_rate: 'fast' is not of type"),
-        ("recipes.demo.learning_rate", 0, "recipes.demo.learning_rate: 0 is less than or equal"),
+        ("recipes.demo.steps", ..., "recipes.demo: the key steps is missing (Optimizer"),
+        ("recipes.demo.learning_rate", "fast", "demo.learning_rate: 'fast' is not a number"),
+        ("recipes.demo.learning_rate", True, "recipes.demo.learning_rate: True is not a number"),
+        ("recipes.demo.learning_rate", "inf", "learning_rate: 'inf': must be a finite number"),
+        ("recipes.demo.steps", "1.5", "recipes.demo.steps: 1.5: must be a valid integer"),
+        ("recipes.demo.steps", [1] * 999, "recipes.demo.steps: must be a valid integer"),
+        ("students.d2d.baseline", "d3d", "students.d2d.baseline: unknown value 'd3d'; allowed"),
+        ("recipes.demo.learning_rate", 0, "recipes.demo.learning_rate: 0: must be greater than 0"),
         ("recipes.demo.decay", "lineer", "recipes.demo.decay: unknown value 'lineer'; did you mean "
          "linear? allowed: linear, cosine, 1-sqrt"),
         ("recipes.demo.warmup_steps", 79, "recipes.demo.steps: 80 is less than"),
@@ -80,29 +89,29 @@ def test_paper_scale(original: dict[str, Any]) -> None:
          "'DO-APC'; did you mean gld_reap?"),
         ("students.do-acp-k4.keep", 3, "students.do-acp-k4.keep: 3 experts cannot be kept of demo; "
          "from 4 (its top_k) to 32"),
-        ("students.do-acp-k4.keep", ..., "students.do-acp-k4: the key keep is missing; a student "
-         "of experts has grouping, keep, scaling, scoring"),
-        ("students.neurons-refit.keep", 4, "students.neurons-refit.keep: not for a student of "
-         "neurons, which has neurons, params, refit, weighting, width"),
+        ("students.do-acp-k4.keep", ..., "students.do-acp-k4: the key keep of a student of "
+         "experts is missing (K, the number"),
+        ("students.neurons-refit.keep", 4, "students.neurons-refit: unknown key 'keep' of a "
+         "student of neurons; allowed: refit, weighting, neurons, width, params"),
         ("students.neurons-refit", {"neurons": "greedy", "width": 8, "params": 9},
          "students.neurons-refit: width and params exclude each other"),
         ("students.neurons-refit", {"neurons": "greedy", "weighting": "equal"},
-         "students.neurons-refit.weighting: is of use with refit alone"),
+         "students.neurons-refit: weighting is of use with refit alone"),
         ("datasets.demo-test", {"mix": {"demo-trian": 1, "wikitext-2": 2}}, "demo-test.mix."
          "demo-trian: unknown name in datasets 'demo-trian'; did you mean demo-train?"),
         ("datasets.demo-test", {"mix": {"demo-test": 1, "wikitext-2": 2}}, "demo-test.mix."
          "demo-test: is itself of several parts"),
-        ("datasets.demo-test", {"mix": {"demo-train": 0, "wikitext-2": 2}}, "mix.demo-train: 0 is"),
-        ("students.d2d.layers", ..., "students.d2d: the key layers is missing; a student of d2d "
-         "has baseline, heads"),
-        ("students.d2d.baseline", "random_ffn", "not for a student of random_ffn, which has "
-         "baseline"),
-        ("students.do-acp-k4.layers", 4, "students.do-acp-k4.layers: not for a student of experts"),
+        ("datasets.demo-test", {"mix": {"demo-train": 0, "wikitext-2": 2}}, "mix.demo-train: 0: "),
+        ("students.d2d.layers", ..., "students.d2d: the key layers of a student of d2d is missing"),
+        ("students.d2d.baseline", "random_ffn", "unknown key 'layers' of a student of "
+         "random_ffn; allowed: baseline"),
+        ("students.do-acp-k4.layers", 4, "students.do-acp-k4: unknown key 'layers' of a student of "
+         "experts; allowed: refit"),
         ("pipelines.all_baselines.teachers", ["demo"], "students.d2d is made from no teacher of "
          "it; none of demo is dense"),
         ("pipelines.all_demo.teachers", ["demo-dense"], "pipelines.all_demo.scorings: none of its "
          "teachers has experts"),
-        ("teachers.demo.experts", ..., "'experts' is a dependency of"),
+        ("teachers.demo.experts", ..., "teachers.demo: top_k goes with experts; give all three"),
         ("teachers.demo.keeps", [4, 33], "teachers.demo.keeps.1: 33 experts cannot be kept"),
         ("teachers.demo.shares", 9, "teachers.demo.shares: 9 jobs cannot share 8 batches (128"),
         ("teachers.demo.top_k", 40, "teachers.demo.top_k: 40 is more than its 32 experts"),
@@ -127,7 +136,7 @@ def test_paper_scale(original: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_mistakes(original: dict[str, Any], key: str, value: object, message: str) -> None:
     with pytest.raises(UserError) as raised:
-        check_config(changed(original, key, value), SCHEMA)
+        check_config(changed(original, key, value))
     text = str(raised.value)
     assert text.startswith("config: ")
     assert message in text
@@ -137,33 +146,56 @@ def test_mistakes(original: dict[str, Any], key: str, value: object, message: st
 @pytest.mark.parametrize("values", [None, [], "text"])
 def test_not_a_mapping(values: object) -> None:
     with pytest.raises(UserError, match="config: "):
-        check_config(values, SCHEMA)
+        check_config(values)
 
 
 def test_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
-        load_config(tmp_path / "none.yaml", SCHEMA)
+        load_config(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1", encoding="utf-8")
     with pytest.raises(UserError, match="not YAML"):
-        load_config(tmp_path / "broken.yaml", SCHEMA)
+        load_config(tmp_path / "broken.yaml")
 
 
-def test_every_schema_key_is_described() -> None:
-    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
-    undescribed = []
+def test_numbers_that_yaml_reads_as_text(original: dict[str, Any]) -> None:
+    """1e-4 is text to YAML 1.1, which wants a dot: 1.0e-4."""
+    text = yaml.safe_load("{learning_rate: 1e-4, steps: 1e3, warmup_steps: '5'}")
+    assert text == {"learning_rate": "1e-4", "steps": "1e3", "warmup_steps": "5"}
+    recipe = {**original["recipes"]["demo"], **text}
+    found = check_config(changed(original, "recipes.demo", recipe))["recipes"]["demo"]
+    assert {key: found[key] for key in text} == {
+        "learning_rate": 1e-4,
+        "steps": 1000,
+        "warmup_steps": 5,
+    }
+    assert type(found["steps"]) is int
 
-    def visit(node: Any, path: str) -> None:
-        for name, child in node.get("properties", {}).items():
-            if "description" not in child:
-                undescribed.append(f"{path}.{name}")
-            visit(child, f"{path}.{name}")
-        for key in ("additionalProperties", "items"):
-            if isinstance(node.get(key), dict):
-                visit(node[key], f"{path}.*")
-        if "properties" in node:
-            assert node.get("additionalProperties") is False, path
 
-    visit(schema, "config")
-    for name, node in schema["$defs"].items():
-        visit(node, name)
+def test_a_recipe_is_the_options_of_distill(original: dict[str, Any]) -> None:
+    """What the workflow passes, the command parses back to the same values."""
+    recipe = check_config(original)["recipes"]["paper-4b"]
+    words = as_options(recipe, DistillSettings.model_fields)
+    assert words[:2] == ["--steps", "5086"]
+    assert "--gradient-checkpointing" in words
+    args = build_parser("distill").parse_args(["distill", "s", "t", "o", "--tokens", "f", *words])
+    for name in DistillSettings.model_fields:
+        assert getattr(args, name) == recipe.get(name), name
+
+
+def test_every_key_is_described() -> None:
+    schema = Settings.model_json_schema()
+    undescribed = [
+        f"{section}.{name}"
+        for section, node in {**schema["$defs"], "Settings": schema}.items()
+        for name, child in node["properties"].items()
+        if "description" not in child and "$ref" not in child
+    ]
     assert undescribed == []
+    assert all(node["additionalProperties"] is False for node in schema["$defs"].values())
+
+
+def test_the_schema_for_editors_is_the_models() -> None:
+    """`make schema` writes it; a stock validator takes the repository's config by it."""
+    file = REPOSITORY / "workflow" / "schemas" / "config.schema.json"
+    schema = json.loads(file.read_text(encoding="utf-8"))
+    assert schema == Settings.model_json_schema()

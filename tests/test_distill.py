@@ -287,7 +287,7 @@ BAD = {
     "top-k low": (["--teacher-top-k", "1"], "must lie between the teacher's own 2 and its 8"),
     "top-k high": (["--teacher-top-k", "9"], "must lie between the teacher's own 2 and its 8"),
     "tokens": (["--tokens", "nowhere.safetensors"], "no such file"),
-    "too few": (["--tokens", "{few}", "--steps", "0"], "not a whole number"),
+    "too few": (["--tokens", "{few}", "--steps", "0"], "greater than or equal to 1"),
     "not tokens": (["--tokens", "{student}/model.safetensors"], "input_ids"),
     "not safetensors": (["--tokens", "{student}/config.json"], "not a readable token file"),
     "vocabulary": (["--tokens", "{outside}"], "token id 300 is outside"),

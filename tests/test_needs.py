@@ -193,9 +193,7 @@ def test_distillation_takes_gpus_until_it_fits_and_is_done() -> None:
 
 
 def test_memory_and_time_grow_with_attempts_and_can_be_stated() -> None:
-    config = load_config(
-        REPOSITORY / "config.yaml", REPOSITORY / "workflow/schemas/config.schema.yaml"
-    )
+    config = load_config(REPOSITORY / "config.yaml")
     names = {"teacher": "qwen3-30b-a3b"}
     first, second = (resources_of(config, "compute_gram", names, i) for i in (1, 2))
     assert first["gpu"] == second["gpu"] == 1
@@ -207,9 +205,7 @@ def test_memory_and_time_grow_with_attempts_and_can_be_stated() -> None:
 
 
 def test_a_share_takes_its_part_of_the_time() -> None:
-    config = load_config(
-        REPOSITORY / "config.yaml", REPOSITORY / "workflow/schemas/config.schema.yaml"
-    )
+    config = load_config(REPOSITORY / "config.yaml")
     names = {"teacher": "qwen3-30b-a3b", "kind": "gram", "shares": "4"}
     whole, share = (need_of(config, rule, names) for rule in ("compute_gram", "compute_share"))
     assert whole is not None

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def identity(recipe: Recipe, student: Path, teacher: Path, tokens: Path) -> dict
     """
     stats = {file.name: file.stat() for file in weight_files(teacher)}
     return {
-        "recipe": asdict(recipe),
+        "recipe": recipe.model_dump(),
         "tokens_sha256": sha256_of(tokens),
         "student_sha256": {
             file.name: sha256_of(file) for file in [student / "config.json", *weight_files(student)]
@@ -78,7 +77,7 @@ def record_of(
         "tokens": recipe.steps * recipe.batch * length,
         "length": length,
         "teacher": teacher_name,
-        **asdict(recipe),
+        **recipe.model_dump(),
         **{k: v for k, v in run.items() if k.endswith("_sha256") or k == "teacher_logits"},
     }
     return {**record, "m2d_version": __version__, "distillation": distillation}

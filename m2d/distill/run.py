@@ -14,29 +14,43 @@ from typing import Any
 
 from m2d.artifacts import require_absent, write_json
 from m2d.distill.loading import device_map
+from m2d.distill.settings import DistillSettings
 from m2d.errors import UserError
-from m2d.options import DTYPES, positive
 from m2d.progress import say
+from m2d.settings import NotNegative, add_option, number_of
 
-# Per the paper: 4 sequences a device, accumulation 24, 4 GPUs; 100 + 300 of 3000 steps.
-BATCH = 384
+# Per the paper: 100 + 300 of 3000 steps.
 WARMUP_SHARE, DECAY_SHARE = 30, 10
 
 
-def number(low: float, high: float = float("inf")) -> Any:
-    """An argparse type: a number in [low, high]."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            bound = f"of at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
-        return value
-
-    return parse
+# The options of each group of `m2d distill --help`; what is settable stands in DistillSettings.
+GROUPS = {
+    "steps": ("steps", "batch", "device_batch"),
+    "optimizer (AdamW, warmup-stable-decay)": (
+        "learning_rate",
+        "min_learning_rate",
+        "warmup_steps",
+        "decay_steps",
+        "decay",
+        "weight_decay",
+        "max_grad_norm",
+    ),
+    "loss": (
+        "loss",
+        "loss_implementation",
+        "temperature",
+        "cross_entropy_weight",
+        "teacher_top_k",
+    ),
+    "compute": (
+        "precision",
+        "teacher_dtype",
+        "strategy",
+        "gradient_checkpointing",
+        "compile",
+        "seed",
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,95 +58,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--tokens", type=Path, required=True, help="token file from m2d tokenize")
-    steps = parser.add_argument_group("steps")
-    steps.add_argument("--steps", type=positive, help="(default: one pass over the tokens)")
-    steps.add_argument(
-        "--batch",
-        type=positive,
-        default=BATCH,
-        help=f"sequences of a step, all processes ({BATCH})",
-    )
-    steps.add_argument(
-        "--device-batch", type=positive, default=4, help="sequences at a time on one device (4)"
-    )
-    optimizer = parser.add_argument_group("optimizer (AdamW, warmup-stable-decay)")
-    optimizer.add_argument("--learning-rate", type=number(1e-12), default=1e-4, help="(1e-4)")
-    optimizer.add_argument(
-        "--min-learning-rate", type=number(0), help="start and end (default: a tenth)"
-    )
-    optimizer.add_argument(
-        "--warmup-steps", type=number(0), help="(default: a thirtieth of the steps)"
-    )
-    optimizer.add_argument("--decay-steps", type=number(0), help="(default: a tenth of the steps)")
-    optimizer.add_argument(
-        "--decay", choices=("linear", "cosine", "1-sqrt"), default="linear", help="(linear)"
-    )
-    optimizer.add_argument("--weight-decay", type=number(0), default=0.0, help="(0)")
-    optimizer.add_argument(
-        "--max-grad-norm", type=number(0), default=1.0, help="0: no clipping (1)"
-    )
-    loss = parser.add_argument_group("loss")
-    loss.add_argument(
-        "--loss",
-        choices=("forward_kl", "reverse_kl", "jensen_shannon"),
-        default="forward_kl",
-        help="(forward_kl)",
-    )
-    loss.add_argument(
-        "--loss-implementation",
-        choices=("chunked", "liger"),
-        default="chunked",
-        help="liger: liger-kernel's, from pip install 'm2d[liger]' (chunked)",
-    )
-    loss.add_argument("--temperature", type=number(1e-3), default=1.0, help="(1)")
-    loss.add_argument(
-        "--cross-entropy-weight",
-        type=number(0, 1),
-        default=0.0,
-        help="share of next-token loss (0)",
-    )
-    loss.add_argument(
-        "--teacher-top-k", type=positive, help="experts per token in the teacher (default: its own)"
-    )
-    loss.add_argument(
+    groups = {}
+    for title, names in GROUPS.items():
+        groups[title] = parser.add_argument_group(title)
+        for name in names:
+            add_option(groups[title], DistillSettings, name)
+    groups["loss"].add_argument(
         "--teacher-logits",
         type=Path,
         metavar="FOLDER",
         help="from m2d teacher-logits, in place of running the teacher",
     )
-    compute = parser.add_argument_group("compute")
-    compute.add_argument(
-        "--precision",
-        choices=("bf16", "fp32"),
-        default="bf16",
-        help="of the student's steps (bf16)",
-    )
-    compute.add_argument(
+    groups["compute"].add_argument(
         "--teacher-device-map",
         type=device_map,
         metavar="MAP",
         help="spread the teacher: auto, or JSON of modules to devices (beside the student)",
     )
-    compute.add_argument("--teacher-dtype", choices=DTYPES, help="(default: the checkpoint's)")
-    compute.add_argument("--device", help="(default: a GPU for each process if there is one)")
-    compute.add_argument(
-        "--strategy",
-        choices=("auto", "ddp", "zero2", "zero3"),
-        default="auto",
-        help="with several processes (auto: DeepSpeed ZeRO-2)",
+    groups["compute"].add_argument(
+        "--device", help="(default: a GPU for each process if there is one)"
     )
-    compute.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory, slower"
-    )
-    compute.add_argument("--compile", action="store_true", help="torch.compile both models")
-    compute.add_argument("--seed", type=int, default=0, help="order of the tokens (0)")
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--checkpoint-minutes", type=number(0), default=15.0, help="between checkpoints (15)"
+        "--checkpoint-minutes",
+        type=number_of(NotNegative),
+        default=15.0,
+        help="between checkpoints (15)",
     )
     run.add_argument(
         "--stop-after",
-        type=number(0),
+        type=number_of(NotNegative),
         metavar="MINUTES",
         help="then save a checkpoint and exit with code 75 (for a job's time limit)",
     )
@@ -155,8 +110,8 @@ def make_recipe(args: argparse.Namespace, strategy: str, sequences: int) -> Any:
             f"{args.tokens}: its {sequences} sequences do not fill one step of --batch "
             f"{args.batch}; give more tokens, a smaller --batch, or --steps"
         )
-    warmup = int(steps // WARMUP_SHARE if args.warmup_steps is None else args.warmup_steps)
-    decay = int(steps // DECAY_SHARE if args.decay_steps is None else args.decay_steps)
+    warmup = steps // WARMUP_SHARE if args.warmup_steps is None else args.warmup_steps
+    decay = steps // DECAY_SHARE if args.decay_steps is None else args.decay_steps
     if warmup + decay > steps:
         raise UserError(
             f"--warmup-steps {warmup} and --decay-steps {decay} are more than the {steps} steps"
@@ -166,30 +121,16 @@ def make_recipe(args: argparse.Namespace, strategy: str, sequences: int) -> Any:
         raise UserError(
             f"--min-learning-rate {floor:g}: is above --learning-rate {args.learning_rate:g}"
         )
-    return Recipe(
-        steps=steps,
-        batch=args.batch,
-        device_batch=args.device_batch,
-        learning_rate=args.learning_rate,
-        min_learning_rate=floor,
-        warmup_steps=warmup,
-        decay_steps=decay,
-        decay=args.decay,
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm,
-        loss=args.loss,
-        loss_implementation=args.loss_implementation,
-        temperature=args.temperature,
-        cross_entropy_weight=args.cross_entropy_weight,
-        teacher_top_k=args.teacher_top_k,
-        teacher_dtype=args.teacher_dtype,
-        precision=args.precision,
-        gradient_checkpointing=args.gradient_checkpointing,
-        compile=args.compile,
-        strategy=strategy,
-        processes=processes,
-        seed=args.seed,
-    )
+    given = {name: getattr(args, name) for name in DistillSettings.model_fields}
+    worked_out = {
+        "steps": steps,
+        "min_learning_rate": floor,
+        "warmup_steps": warmup,
+        "decay_steps": decay,
+        "strategy": strategy,
+        "processes": processes,
+    }
+    return Recipe(**(given | worked_out))
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ process, gradient accumulation and several processes give the same gradients.
 """
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from m2d.artifacts import flush_to_disk, fsync
 from m2d.distill.liger import liger_loss
 from m2d.distill.logits import StoredLogits
 from m2d.distill.loss import Head, distillation_loss, stored_loss
+from m2d.distill.settings import DistillSettings
 from m2d.errors import UserError
+from m2d.settings import Count, NotNegative, Whole
 from m2d.tokens.packed import PackedTokens
 
 KEPT_CHECKPOINTS = 2
@@ -31,36 +32,19 @@ FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 SOFTCAPS = ("final_logit_softcapping",)  # Gemma
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(DistillSettings):
     """What determines the weights that come out, besides the student, the teacher and the tokens.
 
-    `batch` is the sequences of one step over all processes and accumulation together; the rest
-    is named as on the command line (m2d/distill/run.py), where the defaults are explained.
+    The settings with what is worked out from them; `batch` is the sequences of one step over all
+    processes and accumulation together.
     """
 
-    steps: int
-    batch: int
-    device_batch: int
-    learning_rate: float
-    min_learning_rate: float
-    warmup_steps: int
-    decay_steps: int
-    decay: str
-    weight_decay: float
-    max_grad_norm: float
-    loss: str
-    loss_implementation: str
-    temperature: float
-    cross_entropy_weight: float
-    teacher_top_k: int | None
-    teacher_dtype: str | None
-    precision: str
-    gradient_checkpointing: bool
-    compile: bool
-    strategy: str
-    processes: int
-    seed: int
+    steps: Count
+    min_learning_rate: NotNegative
+    warmup_steps: Whole
+    decay_steps: Whole
+    strategy: str  # type: ignore[assignment]  # as started: also "single"
+    processes: Count
 
     @property
     def accumulation(self) -> int:

@@ -27,7 +27,6 @@ from m2d.pipeline.jobs import hardware_of, need_of, resources_of, sizes_of
 from m2d.pipeline.resources import BYTES, Need
 from m2d.pipeline.settings import Config, load_config
 
-SCHEMA = Path("workflow/schemas/config.schema.yaml")
 # Rules on a teacher that compute next to nothing.
 UNSIZED = {
     "clear_teacher_logits",
@@ -240,9 +239,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if not SCHEMA.is_file():
-        raise UserError(f"{SCHEMA}: no such file; run m2d estimate in the folder of the workflow")
-    config = load_config(args.config, SCHEMA)
+    config = load_config(args.config)
     for key in ("flops", "utilization"):
         if (value := getattr(args, key)) is not None:
             if value <= 0:

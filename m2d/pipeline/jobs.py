@@ -22,7 +22,8 @@ from m2d.pipeline.resources import (
     teacher_logits,
     tokenized,
 )
-from m2d.pipeline.settings import evaluation_jobs, logits_names, student_kind
+from m2d.pipeline.schema import student_kind
+from m2d.pipeline.settings import evaluation_jobs, logits_names
 
 # What is asked for above the estimate; every further attempt asks for as much again.
 MEMORY_MARGIN = 1.25
@@ -34,7 +35,7 @@ Names = Mapping[str, str]
 
 
 def hardware_of(config: Mapping[str, Any]) -> Hardware:
-    """The config's `hardware`, defaults filled in."""
+    """The config's `hardware`."""
     return Hardware(**config["hardware"])
 
 
@@ -147,7 +148,7 @@ def scored_tokens(config: Mapping[str, Any], names: Names) -> float:
     """
     evaluation, tasks = evaluation_jobs(config)[names["evaluation"]]
     settings = config["evaluations"][evaluation]
-    return float(settings.get("tokens", 0)) * len(tasks) / len(settings["tasks"])
+    return float(settings["tokens"]) * len(tasks) / len(settings["tasks"])
 
 
 def resources_of(

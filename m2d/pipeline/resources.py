@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from m2d.errors import UserError
+from m2d.pipeline.schema import HardwareSettings as Hardware
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS = 2e9  # main memory of Python, torch and its libraries
@@ -30,19 +31,6 @@ MEMORY_RATE = 5e9  # bytes per second that experts are merged at, in main memory
 TOKENIZER_RATE = 3e5  # tokens per second of text read and cut
 
 Sizes = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One GPU and one node, as `hardware` in the config has them."""
-
-    flops: float = 4e14
-    utilization: float = 0.4
-    gpu_memory_gb: float = 80
-    gpus_per_node: int = 8
-    max_nodes: int = 1
-    disk_gb_per_second: float = 1.0
-    hours: float = 24.0
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,21 @@
-"""The workflow's config: its schema, its cross-field checks, and the names it uses made plain.
+"""The workflow's config: checked against its settings, and the names it uses made plain.
 
 Used by the Snakefile, so nothing here imports torch or numpy.
 """
 
-import copy
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import ValidationError, best_match
 
 from m2d.choose.names import resolve
 from m2d.errors import UserError
 from m2d.pipeline.resources import read_sizes
+from m2d.pipeline.schema import PrunedStudent, Settings, student_kind
+from m2d.settings import checked, unknown
+
+__all__ = ["SHAPE", "check_config", "load_config", "student_kind"]
 
 Config = dict[str, Any]
 
@@ -32,16 +32,7 @@ STORED_GOES_WITH = {
     "cross_entropy_weight": 0,
 }
 # Sizes of a student by structured pruning.
-SHAPE = ("layers", "hidden_size", "heads", "kv_heads", "intermediate_size")
-# What a student is made of -> the keys that it must have, and those that it may.
-STUDENT_KINDS: dict[str, tuple[set[str], set[str]]] = {
-    "d2d": ({"baseline", *SHAPE}, set()),
-    "random_ffn": ({"baseline"}, set()),
-    "random_init": ({"baseline"}, set()),
-    "neurons": ({"neurons"}, {"width", "params", "refit", "weighting"}),
-    "chosen": ({"best_of", "keep"}, set()),
-    "experts": ({"scoring", "grouping", "scaling", "keep"}, {"refit", "weighting"}),
-}
+SHAPE = tuple(name for name in PrunedStudent.model_fields if name != "baseline")
 
 
 def has_experts(teacher: Mapping[str, Any]) -> bool:
@@ -54,7 +45,7 @@ def goes_with(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
     return (student_kind(student) == "d2d") != has_experts(teacher)
 
 
-def load_config(path: str | Path, schema: str | Path) -> Config:
+def load_config(path: str | Path) -> Config:
     """Read and check a config file; see `check_config`."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -62,54 +53,21 @@ def load_config(path: str | Path, schema: str | Path) -> Config:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    return check_config(values, schema)
+    return check_config(values)
 
 
-def check_config(values: Any, schema: str | Path) -> Config:
+def check_config(values: Any) -> Config:
     """The config with all defaults filled in and all methods by identifier; a copy.
 
-    Raises UserError, one line that names the key, its value and what is allowed.
+    Keys that are left out and have no default are absent. Raises UserError, one line that names the
+    key, its value and what is allowed.
     """
-    rules = yaml.safe_load(Path(schema).read_text(encoding="utf-8"))
-    error = best_match(Draft202012Validator(rules).iter_errors(values))
-    if error is not None:
-        raise UserError(f"config: {_explain(error)}")
-    config: Config = copy.deepcopy(dict(values))
-    _check_students(config["students"])
-    config.setdefault("hardware", {})
+    settings = checked(Settings, values, "config: ")
+    config: Config = settings.model_dump(exclude_none=True)
     _resolve_methods(config)
     _check_names(config)
     _check_sizes(config)
     return config
-
-
-def student_kind(student: Mapping[str, Any]) -> str:
-    """What a student is made of: a key of STUDENT_KINDS."""
-    if "baseline" in student:
-        return str(student["baseline"])
-    return "neurons" if "neurons" in student else "chosen" if "best_of" in student else "experts"
-
-
-def _check_students(students: Mapping[str, Any]) -> None:
-    """Every student has the keys of its kind, and no others."""
-    for name, student in students.items():
-        kind = student_kind(student)
-        required, optional = STUDENT_KINDS[kind]
-        key = f"config: students.{name}"
-        for missing in required - student.keys():
-            raise UserError(
-                f"{key}: the key {missing} is missing; a student of {kind} has "
-                f"{', '.join(sorted(required))}"
-            )
-        for surplus in student.keys() - required - optional:
-            raise UserError(
-                f"{key}.{surplus}: not for a student of {kind}, which has "
-                f"{', '.join(sorted(required | optional))}"
-            )
-        if "width" in student and "params" in student:
-            raise UserError(f"{key}: width and params exclude each other; leave one out")
-        if "weighting" in student and "refit" not in student:
-            raise UserError(f"{key}.weighting: is of use with refit alone; add refit: sequential")
 
 
 def _resolve_methods(config: Config) -> None:
@@ -138,8 +96,6 @@ def _resolve_methods(config: Config) -> None:
             key = f"students.{name}.best_of"
             student["best_of"] = resolved_list("scoring", student["best_of"], key)
     for name, pipeline in config["pipelines"].items():
-        for key in ("scorings", "students", "distill", "evaluations"):
-            pipeline.setdefault(key, [])
         key = f"pipelines.{name}.scorings"
         pipeline["scorings"] = resolved_list("scoring", pipeline["scorings"], key)
 
@@ -151,7 +107,7 @@ def evaluation_jobs(config: Mapping[str, Any]) -> dict[str, tuple[str, list[str]
     """
     jobs: dict[str, tuple[str, list[str]]] = {}
     for name, settings in config["evaluations"].items():
-        if settings.get("together"):
+        if settings["together"]:
             jobs[name] = (name, settings["tasks"])
         else:
             jobs |= {task: (name, [task]) for task in settings["tasks"]}
@@ -177,7 +133,8 @@ def _check_names(config: Config) -> None:
 
     def known(section: str, name: str, key: str) -> None:
         if name not in config[section]:
-            raise UserError(f"config: {key}: {_unknown(name, section, config[section])}")
+            text = unknown(name, f"name in {section}", config[section])
+            raise UserError(f"config: {key}: {text}")
 
     for section, names in RESERVED.items():
         for name in names & set(config[section]):
@@ -202,7 +159,7 @@ def _check_names(config: Config) -> None:
                 )
             where[task] = name
     for name, evaluation in config["evaluations"].items():
-        if evaluation.get("together") and where.get(name, name) != name:
+        if evaluation["together"] and where.get(name, name) != name:
             raise UserError(
                 f"config: evaluations.{name}: {name} is a task of evaluations.{where[name]}; an "
                 "evaluation that is `together` needs another name"
@@ -258,24 +215,24 @@ def _check_sizes(config: Config) -> None:
             )
         if recipe.get("min_learning_rate", 0) > peak:
             raise UserError(
-                f"{key}.min_learning_rate: {recipe['min_learning_rate']} is more than "
-                f"learning_rate = {peak}"
+                f"{key}.min_learning_rate: {recipe['min_learning_rate']:g} is more than "
+                f"learning_rate = {peak:g}"
             )
         if "teacher_logits" in recipe:
-            parts = recipe["teacher_logits"].get("parts", 1)
-            same = logits_names(config)[logits_name(recipe)]["teacher_logits"].get("parts", 1)
+            parts = recipe["teacher_logits"]["parts"]
+            same = logits_names(config)[logits_name(recipe)]["teacher_logits"]["parts"]
             if parts != same:
                 raise UserError(
                     f"{key}.teacher_logits.parts: {parts}, but {same} in another recipe with the "
                     "same outputs"
                 )
             for other, allowed in STORED_GOES_WITH.items():
-                if recipe.get(other, allowed) != allowed:
+                if recipe[other] != allowed:
                     raise UserError(
                         f"{key}.{other}: {recipe[other]}, but with teacher_logits it is {allowed}"
                     )
-        at_once = recipe.get("device_batch", 1) * max(recipe.get("gpus", 1), 1)
-        if recipe.get("batch", at_once) % at_once:
+        at_once = recipe["device_batch"] * max(recipe.get("gpus", 1), 1)
+        if recipe["batch"] % at_once:
             raise UserError(
                 f"{key}.batch: {recipe['batch']} is not a multiple of device_batch times gpus = "
                 f"{at_once}"
@@ -350,37 +307,3 @@ def _check_keep(keep: int, name: str, teacher: Mapping[str, Any], key: str) -> N
             f"config: {key}: {keep} experts cannot be kept of {name}; from {low} (its top_k) to "
             f"{high} (its experts) are allowed"
         )
-
-
-def _explain(error: ValidationError) -> str:
-    """One line for a schema error: the key, the value, what is allowed."""
-    key = ".".join(str(part) for part in error.absolute_path)
-    place = f"{key}: " if key else ""
-    schema: Mapping[str, Any] = error.schema
-    if error.validator == "additionalProperties":
-        keys = schema["properties"]
-        unknown = next(name for name in error.instance if name not in keys)
-        return f"{place}{_unknown(str(unknown), 'key', keys)}"
-    if error.validator == "required":
-        missing = next(name for name in error.validator_value if name not in error.instance)
-        meaning = schema.get("properties", {}).get(missing, {}).get("description", "")
-        return f"{place}the key {missing} is missing" + (f" ({meaning})" if meaning else "")
-    if error.validator in ("minProperties", "maxProperties"):
-        allowed = ", ".join(schema["properties"])
-        return f"{place}has {len(error.instance)} keys; exactly one of {allowed} is allowed"
-    if error.validator == "enum":
-        choices = [str(value) for value in error.validator_value]
-        return f"{place}{_unknown(str(error.instance), 'value', choices)}"
-    if error.validator == "pattern":
-        return (
-            f"{place}{error.instance!r}: lower-case letters, digits, '-', '_' and '.' are allowed"
-        )
-    return f"{place}{error.message}"
-
-
-def _unknown(name: str, kind: str, allowed: Iterable[str]) -> str:
-    allowed = list(allowed)
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    kind = {"key": "key", "value": "value"}.get(kind, f"name in {kind}")
-    return f"unknown {kind} {name!r}; {hint}allowed: {', '.join(allowed) or 'none'}"

@@ -26,6 +26,8 @@ from m2d.pipeline.settings import (
 from m2d.pipeline.jobs import resources_of
 from m2d.pipeline.digest import PACKAGE, code_digest
 from m2d.errors import UserError
+from m2d.distill.settings import DistillSettings
+from m2d.settings import as_options
 from m2d.tokens.text import text_files as files_below
 
 # Jobs inherit this. The C library would hand the memory of every tensor above 128 kB back to the
@@ -38,7 +40,7 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 * 2**20))
 gc.set_threshold(1_000_000)
 
 try:
-    config = check_config(config, workflow.source_path("../schemas/config.schema.yaml"))
+    config = check_config(config)
 except UserError as error:
     # One line for the user, instead of a traceback of the parser.
     raise WorkflowError(str(error)) from None
@@ -335,20 +337,12 @@ def recipe_of(wildcards):
 
 def recipe_options(wildcards):
     """The recipe as options of `m2d distill`: learning_rate: 1e-4 is --learning-rate 1e-4."""
-    recipe = recipe_of(wildcards)
-    stored = OF_TEACHER if "teacher_logits" in recipe else ()
-    settings = {
-        k: v
-        for k, v in recipe.items()
-        if k not in ("gpus", "mem_mb", "runtime", "teacher_logits", *stored)
-    }
-    if stored:
-        settings["teacher_logits"] = logits_folder(wildcards)
-    return " ".join(
-        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
-        for key, value in settings.items()
-        if value is not False
-    )
+    recipe = dict(recipe_of(wildcards))
+    names = list(DistillSettings.model_fields)
+    if "teacher_logits" in recipe:
+        recipe["teacher_logits"] = logits_folder(wildcards)
+        names = [n for n in names if n not in OF_TEACHER] + ["teacher_logits"]
+    return shlex.join(as_options(recipe, names))
 
 
 # Of a recipe's keys, those that say how the teacher runs.
@@ -371,8 +365,8 @@ def parts_of_logits(wildcards):
     recipe = logits_names(config)[wildcards.logits]
     return expand(
         "<results>/{{teacher}}/teacher-logits/{{logits}}/{part}-of-{parts}.done",
-        part=range(1, recipe["teacher_logits"].get("parts", 1) + 1),
-        parts=recipe["teacher_logits"].get("parts", 1),
+        part=range(1, recipe["teacher_logits"]["parts"] + 1),
+        parts=recipe["teacher_logits"]["parts"],
     )
 
 
@@ -399,7 +393,7 @@ def launcher():
 
 def task_definitions(evaluation):
     """The folder of the demo's tasks, for those."""
-    return "<results>/tasks" if config["evaluations"][evaluation].get("demo") else []
+    return "<results>/tasks" if config["evaluations"][evaluation]["demo"] else []
 
 
 def scores_of(model, tasks):
@@ -414,7 +408,7 @@ def evaluation_out(wildcards, output):
 def evaluation_options(evaluation, tasks):
     settings = config["evaluations"][evaluation]
     options = [("task", task) for task in tasks]
-    if settings.get("demo"):
+    if settings["demo"]:
         options += [("include", f"{config['results']}/tasks")]
     options += [
         (key.replace("_", "-"), settings[key])
@@ -422,9 +416,9 @@ def evaluation_options(evaluation, tasks):
         if key in settings
     ]
     options += [
-        ("dataset", f"{k}={v}") for k, v in settings.get("datasets", {}).items()
+        ("dataset", f"{k}={v}") for k, v in settings["datasets"].items()
     ]
-    for key, value in settings.get("model_args", {}).items():
+    for key, value in settings["model_args"].items():
         text = value if isinstance(value, str) else json.dumps(value)
         options.append(("model-arg", f"{key}={text}"))
     return shlex.join(word for k, v in options for word in (f"--{k}", str(v)))

@@ -1,0 +1,52 @@
+"""What a distillation's recipe can say, on the command line as in the workflow's config."""
+
+from typing import Literal
+
+from m2d.settings import Count, Dtype, Integer, NotNegative, Positive, Section, Share, Whole
+
+
+class DistillSettings(Section):
+    """Options of `m2d distill`. The defaults are the paper's, but for the number of steps."""
+
+    steps: Count | None = None
+    """Optimizer steps; one pass over the tokens if left out."""
+    batch: Count = 384
+    """Sequences of a step, on all GPUs."""
+    device_batch: Count = 4
+    """Sequences at a time on one GPU."""
+    learning_rate: Positive = 1e-4
+    """Peak of the schedule (warm-up, stable, decay)."""
+    min_learning_rate: NotNegative | None = None
+    """Start and end of the schedule; a tenth of the peak if left out."""
+    warmup_steps: Whole | None = None
+    """Steps of linear warm-up; a thirtieth of all if left out."""
+    decay_steps: Whole | None = None
+    """Steps of decay at the end; a tenth of all if left out."""
+    decay: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """Shape of the decay."""
+    weight_decay: NotNegative = 0.0
+    """Of AdamW."""
+    max_grad_norm: NotNegative = 1.0
+    """Clipping of gradients; 0 for none."""
+    loss: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    """Divergence between teacher and student."""
+    loss_implementation: Literal["chunked", "liger"] = "chunked"
+    """Our own, or liger-kernel's, from pip install 'm2d[liger]'."""
+    temperature: Positive = 1.0
+    """Of both distributions."""
+    cross_entropy_weight: Share = 0.0
+    """Share of the next-token loss."""
+    teacher_top_k: Count | None = None
+    """Experts per token in the teacher (expanded routing); its own if left out."""
+    teacher_dtype: Dtype | None = None
+    """Of the teacher; the checkpoint's if left out."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the student's steps."""
+    strategy: Literal["auto", "ddp", "zero2", "zero3"] = "auto"
+    """With several processes; auto is DeepSpeed ZeRO-2."""
+    gradient_checkpointing: bool = False
+    """Less memory, slower."""
+    compile: bool = False
+    """torch.compile both models."""
+    seed: Integer = 0
+    """Order of the tokens."""

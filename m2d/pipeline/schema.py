@@ -1,0 +1,373 @@
+"""The keys of the workflow's config, each with its type, default, bounds and meaning.
+
+What one key alone cannot say (names that must exist, K between top-k and experts) is checked in
+m2d/pipeline/settings.py. `python -m m2d.pipeline.schema` prints the JSON schema, for editors.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+
+from m2d.distill.settings import DistillSettings
+from m2d.settings import Count, Dtype, NotNegative, Number, Positive, Section, Whole
+
+
+def unique(items: list[Any]) -> list[Any]:
+    """The same list, for pydantic. Raises ValueError where something stands in it twice."""
+    twice = [item for i, item in enumerate(items) if item in items[:i]]
+    if twice:
+        raise ValueError(f"{twice[0]} may stand there once")
+    return items
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Text], AfterValidator(unique)]
+Argument = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class HardwareSettings(Section):
+    """What the cluster's GPUs and nodes are; jobs are sized and estimated by it."""
+
+    flops: Positive = 4e14
+    """Operations per second of one GPU at its best, in the teacher's dtype."""
+    utilization: Annotated[float, Number, Field(gt=0, le=1)] = 0.4
+    """Share of those that jobs reach."""
+    gpu_memory_gb: Positive = 80
+    """Memory of one GPU."""
+    gpus_per_node: Count = 8
+    """GPUs of a node."""
+    max_nodes: Count = 1
+    """Nodes that a distillation may take."""
+    disk_gb_per_second: Positive = 1.0
+    """Speed of the disk that holds models."""
+    hours: Positive = 24.0
+    """A distillation's time limit: it takes GPUs until it is done within these hours."""
+
+
+class DatasetSettings(Section):
+    """A text: exactly one of corpus, files, hub and mix."""
+
+    corpus: Literal["train", "calibration", "test"] | None = None
+    """A split of the demo corpus, which the workflow makes."""
+    files: Annotated[Names, Field(min_length=1)] | None = None
+    """Text files (.txt, .md, .jsonl or .parquet with a field `text`)."""
+    hub: Text | None = None
+    """NAME[@CONFIG][:SPLIT[:COLUMN]], read through `datasets`."""
+    mix: Annotated[dict[str, Positive], Field(min_length=2)] | None = None
+    """Names of other texts, each with its share of the characters; of `files`, a single one."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "DatasetSettings":
+        if len(given := self.model_fields_set) != 1:
+            allowed = ", ".join(type(self).model_fields)
+            raise ValueError(f"has {len(given)} keys; exactly one of {allowed} is allowed")
+        return self
+
+
+class TokenSettings(Section):
+    """Token sequences made with a teacher's tokenizer."""
+
+    dataset: Text
+    """A name of `datasets`."""
+    sequences: Count
+    """Number of sequences."""
+    length: Count
+    """Tokens of a sequence."""
+
+
+class TokensSettings(Section):
+    """The token sequences of a teacher, by use."""
+
+    calibration: TokenSettings
+    """For routing and Gram statistics."""
+    test: TokenSettings
+    """For perplexity."""
+    distillation: TokenSettings | None = None
+    """For distillation, in an order that follows from the seed, a new one every epoch."""
+
+
+class ResourceSettings(Section):
+    """What jobs ask for, where that is not to follow from sizes."""
+
+    gpus: Whole | None = None
+    """GPUs, a process on each."""
+    mem_mb: Count | None = None
+    """Main memory of a node in MB; more with each attempt."""
+    runtime: Count | None = None
+    """Minutes of one attempt."""
+
+
+class TeacherSettings(Section):
+    """A trained model. Of one without experts, students by structured pruning are made."""
+
+    model: Text
+    """Folder or hub id."""
+    tokens: TokensSettings
+    """The token sequences made with this teacher's tokenizer."""
+    experts: Count | None = None
+    """Routed experts of a layer."""
+    top_k: Count | None = None
+    """Experts that the router selects for a token."""
+    keeps: Annotated[list[Count], Field(min_length=1), AfterValidator(unique)] | None = None
+    """The values of K, the number of experts kept, in the grid."""
+    dtype: Dtype = "bfloat16"
+    """Numbers that the teacher and its students compute with."""
+    batch: Count = 4
+    """Sequences in one forward pass."""
+    shares: Count | None = None
+    """Jobs that take a share of the calibration sequences each; one by default."""
+    sizes: Text | None = None
+    """File of `m2d inspect MODEL --json`; jobs ask for GPUs, memory and time by it."""
+    resources: ResourceSettings | None = None
+    """What every job on this teacher asks for; distillations ask for what their recipe says."""
+
+    @model_validator(mode="after")
+    def _experts(self) -> "TeacherSettings":
+        together = {key: getattr(self, key) for key in ("experts", "top_k", "keeps")}
+        missing = [key for key, value in together.items() if value is None]
+        if 0 < len(missing) < len(together):
+            given = next(key for key, value in together.items() if value is not None)
+            raise ValueError(f"{given} goes with {', '.join(missing)}; give all three, or none")
+        return self
+
+
+class GridSettings(Section):
+    """What the grid crosses with every scoring method and every K."""
+
+    groupings: Names
+    """Grouping methods; identifiers or the paper's terms."""
+    scalings: Names
+    """Scaling methods of the down projections."""
+
+
+class RefitSettings(Section):
+    """Keys of the students whose down projections can be solved anew in closed form."""
+
+    refit: Literal["layer", "sequential"] | None = None
+    """On the calibration tokens; distillation then starts from that (docs/closed-form.md)."""
+    weighting: Literal["equal", "relative"] | None = None
+    """Of the tokens of a refit; equal if left out."""
+
+    @model_validator(mode="after")
+    def _weighting(self) -> "RefitSettings":
+        if self.weighting and not self.refit:
+            raise ValueError("weighting is of use with refit alone; add refit: sequential")
+        return self
+
+
+class ExpertsStudent(RefitSettings):
+    """A student of whole experts, kept, grouped and merged."""
+
+    scoring: Text
+    """Scoring method; identifier or the paper's term."""
+    grouping: Text
+    """Grouping method; identifier or the paper's term."""
+    scaling: Text
+    """Scaling of the down projections."""
+    keep: Count
+    """K, the number of experts kept in a layer."""
+
+
+class ChosenStudent(Section):
+    """The student of the lowest perplexity in several grids."""
+
+    best_of: Annotated[Names, Field(min_length=1)]
+    """Scoring methods whose grids are searched. One more or less makes the student again."""
+    keep: Count
+    """K, the number of experts kept in a layer."""
+
+
+class NeuronsStudent(RefitSettings):
+    """A student of single neurons from all experts."""
+
+    neurons: Literal["contribution", "greedy"]
+    """How they are chosen (docs/closed-form.md)."""
+    width: Count | None = None
+    """Neurons of a layer; the width of the router's top-k experts if left out."""
+    params: Count | None = None
+    """In place of the width, the student's parameters at most."""
+
+    @model_validator(mode="after")
+    def _width(self) -> "NeuronsStudent":
+        if self.width and self.params:
+            raise ValueError("width and params exclude each other; leave one out")
+        return self
+
+
+class PrunedStudent(Section):
+    """A dense teacher pruned to five sizes (docs/baselines.md)."""
+
+    baseline: Literal["d2d"]
+    """Structured pruning."""
+    layers: Count
+    """Layers."""
+    hidden_size: Count
+    """Width of the residual stream."""
+    heads: Count
+    """Query heads."""
+    kv_heads: Count
+    """Key and value heads."""
+    intermediate_size: Count
+    """FFN width."""
+
+
+class NewStudent(Section):
+    """New weights in the FFNs beside a teacher's attention, or everywhere (docs/baselines.md)."""
+
+    baseline: Literal["random_ffn", "random_init"]
+    """Which of the two."""
+
+
+STUDENTS: dict[str, type[Section]] = {
+    "d2d": PrunedStudent,
+    "random_ffn": NewStudent,
+    "random_init": NewStudent,
+    "neurons": NeuronsStudent,
+    "chosen": ChosenStudent,
+    "experts": ExpertsStudent,
+}
+"""What a student is made of -> its settings."""
+
+
+def student_kind(student: Any) -> str:
+    """What a student is made of: a key of STUDENTS."""
+    if isinstance(student, BaseModel):
+        student = student.model_dump(exclude_none=True)
+    if not isinstance(student, dict):
+        return "experts"
+    if "baseline" in student:
+        # Of an unknown one, the closest keys; the value is then refused.
+        return str(student["baseline"]) if student["baseline"] in STUDENTS else "random_ffn"
+    return "neurons" if "neurons" in student else "chosen" if "best_of" in student else "experts"
+
+
+def _tag(student: Any) -> str:
+    return f"student of {student_kind(student)}"
+
+
+StudentSettings = Annotated[
+    Annotated[PrunedStudent, Tag("student of d2d")]
+    | Annotated[NewStudent, Tag("student of random_ffn")]
+    | Annotated[NewStudent, Tag("student of random_init")]
+    | Annotated[NeuronsStudent, Tag("student of neurons")]
+    | Annotated[ChosenStudent, Tag("student of chosen")]
+    | Annotated[ExpertsStudent, Tag("student of experts")],
+    Discriminator(_tag),
+]
+
+
+class StoredLogitsSettings(Section):
+    """A teacher's logits, stored once for the students of all recipes that have the same.
+
+    A token takes 4 bytes times `size`, 6 where the vocabulary is above 65,536.
+    """
+
+    kind: Literal["top", "sampled"]
+    """The most probable tokens, or draws (docs/distillation.md)."""
+    size: Count
+    """How many of them per token."""
+    parts: Count = 1
+    """Jobs that share the work."""
+
+
+class RecipeSettings(ResourceSettings, DistillSettings):
+    """Distillation settings: the options of `m2d distill`, and what its job asks for."""
+
+    steps: Count
+    """Optimizer steps."""
+    teacher_logits: StoredLogitsSettings | None = None
+    """Run the teacher once, and store its logits."""
+
+
+class EvaluationSettings(Section):
+    """What models are scored on; one job per model and task."""
+
+    tasks: Annotated[Names, Field(min_length=1)]
+    """Tasks or groups of lm-eval, by its names."""
+    shots: Whole
+    """Examples in the prompt."""
+    limit: Count | None = None
+    """Only so many documents of each task."""
+    batch_size: Count | None = None
+    """Questions at a time; found by trial, which takes time, if left out."""
+    tokens: NotNegative = 0
+    """About how many a model reads for these tasks, to size and estimate jobs."""
+    demo: bool = False
+    """The tasks are made from the demo corpus."""
+    together: bool = False
+    """One job for all tasks, which loads the model once; a task added later repeats them all."""
+    datasets: dict[str, str] = Field(default={})
+    """Local folders of the tasks' datasets, by their names on the hub, such as allenai/winogrande;
+    others come from HF_HOME or the hub."""
+    backend: Literal["hf", "vllm"] | None = None
+    """What runs the model; vllm must be installed and needs a GPU. hf if left out."""
+    model_args: dict[Argument, str | bool | int | float] = Field(default={})
+    """Passed to the backend, such as tensor_parallel_size for vllm."""
+
+
+class DistillationEntry(Section):
+    """A student that is distilled, and how."""
+
+    student: Text
+    """A name of `students`."""
+    recipe: Text
+    """A name of `recipes`."""
+
+
+class PipelineSettings(Section):
+    """A target of the workflow."""
+
+    teachers: Names
+    """Teachers; the rest is done for each: d2d students for those that are dense, all others for
+    those with experts."""
+    scorings: Names = Field(default=[])
+    """Scoring methods whose grid is computed."""
+    students: Names = Field(default=[])
+    """Students that are written."""
+    distill: list[DistillationEntry] = Field(default=[])
+    """Students that are distilled, and how."""
+    best: Text | None = None
+    """A recipe. For every scoring of this pipeline and every grouping of the grid, the student with
+    the lowest perplexity in the grid is written and distilled by it."""
+    evaluations: Names = Field(default=[])
+    """Evaluations of the teacher, every student and every distilled student."""
+
+
+class Settings(Section):
+    """What the workflow computes."""
+
+    results: Text
+    """The folder that holds everything that is computed, logs and benchmarks included."""
+    hardware: HardwareSettings = HardwareSettings()
+    """What the cluster's GPUs and nodes are."""
+    launcher: Text | None = None
+    """What starts a distillation, as LAUNCHER NODES GPUS_PER_NODE MINUTES distill ...; if left out,
+    workflow/scripts/launch.sh, which starts a torchrun on every node, through Slurm's srun."""
+    datasets: dict[Name, DatasetSettings]
+    """Texts, by name."""
+    teachers: dict[Name, TeacherSettings]
+    """Trained models, by name: Mixture-of-Experts models, and dense ones."""
+    grid: GridSettings
+    """What the grid crosses with every scoring method and every K."""
+    students: dict[Name, StudentSettings]
+    """Ways to a student, by name; for any teacher of enough experts."""
+    recipes: dict[Name, RecipeSettings]
+    """Distillation settings, by name."""
+    evaluations: dict[Name, EvaluationSettings]
+    """What models are scored on, by name."""
+    pipelines: dict[Name, PipelineSettings]
+    """Targets of the workflow, by name."""
+
+
+if __name__ == "__main__":
+    print(json.dumps(Settings.model_json_schema(), indent=1))
