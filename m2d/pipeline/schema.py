@@ -112,7 +112,7 @@ class TeacherSettings(Section):
 
     model: Text
     """Folder or hub id."""
-    tokens: TokensSettings
+    tokens: TokensSettings | None = None
     """The token sequences made with this teacher's tokenizer."""
     experts: Count | None = None
     """Routed experts of a layer."""

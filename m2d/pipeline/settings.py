@@ -64,10 +64,20 @@ def check_config(values: Any) -> Config:
     """
     settings = checked(Settings, values, "config: ")
     config: Config = settings.model_dump(exclude_none=True)
+    _complete(config)
     _resolve_methods(config)
     _check_names(config)
     _check_sizes(config)
     return config
+
+
+def _complete(config: Config) -> None:
+    """Fill in, in place, what a teacher's entry leaves out. Raises where that is not possible."""
+    for name, teacher in config["teachers"].items():
+        if "tokens" not in teacher:
+            raise UserError(
+                f"config: teachers.{name}: the key tokens is missing (calibration, test, ...)"
+            )
 
 
 def _resolve_methods(config: Config) -> None:
