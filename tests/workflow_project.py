@@ -123,7 +123,7 @@ test -z "$M2D_STUB_SLEEP" || sleep "$M2D_STUB_SLEEP"
 case $1 in
     rank) exec "{m2d}" "$@" ;;
     grid) if test -f "$M2D_STUB_GRID"; then cp "$M2D_STUB_GRID" "$3"; else echo "{{}}" > "$3"; fi ;;
-    merge) mkdir "$3"; echo "{{}}" > "$3/m2d.json" ;;
+    merge | prune | baseline) mkdir "$3"; echo "{{}}" > "$3/m2d.json" ;;
     distill | refit) mkdir "$4"; echo "{{}}" > "$4/m2d.json" ;;
     perplexity) echo "{{}}" > "$6" ;;
     tables | figures) mkdir "$2" ;;

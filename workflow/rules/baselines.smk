@@ -3,6 +3,8 @@
 # in:  a dense teacher and <results>/{teacher}/tokens/calibration.safetensors (d2d), or an MoE teacher
 # out: <results>/{teacher}/students/{student}/merged/
 
+from m2d.pipeline.settings import SHAPE
+
 
 rule prune_student:
     """Prune a dense teacher to a student's sizes."""
@@ -25,14 +27,14 @@ rule prune_student:
         mem_mb=sized("prune_student", "mem_mb"),
         runtime=sized("prune_student", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
-        shape=shape_options,
+        model=model_of,
+        shape=lambda wildcards: as_options(student_of(wildcards), SHAPE),
         options=compute_options,
         code=code("m2d.baselines.prune"),
     shell:
         """
-        m2d prune {params.model} {output} --tokens {input.calibration} {params.shape} \
-            {params.options} 2>{log}
+        m2d prune {params.model:q} {output:q} --tokens {input.calibration:q} {params.shape:q} \
+            {params.options:q} 2>{log:q}
         """
 
 
@@ -55,10 +57,10 @@ rule initialise_student:
         mem_mb=sized("initialise_student", "mem_mb"),
         runtime=sized("initialise_student", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         kind=lambda wildcards: config["students"][wildcards.student]["baseline"],
         code=code("m2d.baselines.random"),
     shell:
         """
-        m2d baseline {params.model} {output} --kind {params.kind} 2>{log}
+        m2d baseline {params.model:q} {output:q} --kind {params.kind:q} 2>{log:q}
         """

@@ -23,7 +23,7 @@ rule make_corpus:
         code=code("m2d.demo.corpus:write_corpus"),
     shell:
         """
-        m2d demo corpus {params.folder} 2>{log}
+        m2d demo corpus {params.folder:q} 2>{log:q}
         """
 
 
@@ -48,5 +48,5 @@ rule make_tasks:
         code=code("m2d.demo.tasks:write_demo_tasks"),
     shell:
         """
-        m2d demo tasks {params.folder} {output.tasks} 2>{log}
+        m2d demo tasks {params.folder:q} {output.tasks:q} 2>{log:q}
         """

@@ -9,6 +9,37 @@
 #
 # On how many GPUs and nodes it runs is no parameter: another number repeats nothing.
 
+from m2d.pipeline.settings import logits_name
+
+
+def undistilled(wildcards):
+    """The student that distillation starts from: refitted where the config asks for it."""
+    refitted = "refit" in choices.settings_of(config, wildcards.student)
+    variant = "refit" if refitted else "merged"
+    return f"<results>/{wildcards.teacher}/students/{wildcards.student}/{variant}"
+
+
+def recipe_of(wildcards):
+    return config["recipes"][wildcards.recipe]
+
+
+def logits_folder(wildcards):
+    """The folder of a recipe's stored outputs; None where it has none."""
+    if "teacher_logits" not in recipe_of(wildcards):
+        return None
+    name = logits_name(recipe_of(wildcards))
+    return f"{config['results']}/{wildcards.teacher}/teacher-logits/{name}"
+
+
+def stored_logits(wildcards):
+    """What says that a recipe's stored outputs are complete."""
+    folder = logits_folder(wildcards)
+    return f"{folder}/complete" if folder else []
+
+
+def recipe_options(wildcards):
+    return commands.recipe_options(recipe_of(wildcards), logits_folder(wildcards))
+
 
 rule distill_student:
     """Train one student on its teacher's outputs."""
@@ -35,13 +66,13 @@ rule distill_student:
         mem_mb=sized("distill_student", "mem_mb"),
         runtime=sized("distill_student", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
-        launcher=launcher(),
+        model=model_of,
+        launcher=commands.launcher_words(config.get("launcher", script("launch.sh"))),
         options=recipe_options,
         code=code("m2d.distill.run"),
     shell:
         """
-        {params.launcher} {resources.nodes} {resources.processes} {resources.runtime} \
-            distill {input.student} {params.model} {output} \
-            --tokens {input.tokens} {params.options} 2>{log}
+        {params.launcher:q} {resources.nodes:q} {resources.processes:q} {resources.runtime:q} \
+            distill {input.student:q} {params.model:q} {output:q} \
+            --tokens {input.tokens:q} {params.options:q} 2>{log:q}
         """

@@ -15,14 +15,15 @@ rule download_teacher:
         "../envs/m2d.yaml"
     threads: 1
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         # A pattern for each option. Folders hold copies in other formats (GPT-OSS: original/).
-        files=" ".join(
-            f"--include '{pattern}'"
+        files=[
+            word
             for pattern in ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        ),
+            for word in ("--include", pattern)
+        ],
     shell:
         """
-        env -u HF_HUB_OFFLINE hf download {params.model} {params.files} --exclude '*/*' \
-            >{log} 2>&1
+        env -u HF_HUB_OFFLINE hf download {params.model:q} {params.files:q} --exclude '*/*' \
+            >{log:q} 2>&1
         """

@@ -5,6 +5,19 @@
 # One rule per task, so that a new task is scored alone; `together` makes one rule of an evaluation,
 # which loads the model once for all its tasks.
 
+from m2d.pipeline.settings import evaluation_jobs
+
+
+def task_definitions(evaluation):
+    """The folder of the demo's tasks, for those."""
+    return "<results>/tasks" if config["evaluations"][evaluation]["demo"] else []
+
+
+def evaluation_out(wildcards, output):
+    """`m2d evaluate` takes a file for one task and a folder for several."""
+    return output[0] if len(output) == 1 else str(Path(output[0]).parent)
+
+
 for name, (evaluation, tasks) in evaluation_jobs(config).items():
 
     rule:
@@ -28,15 +41,15 @@ for name, (evaluation, tasks) in evaluation_jobs(config).items():
             mem_mb=sized("evaluate_teacher", "mem_mb", evaluation=name),
             runtime=sized("evaluate_teacher", "runtime", evaluation=name),
         params:
-            model=lambda wildcards: teacher_of(wildcards)["model"],
+            model=model_of,
             out=evaluation_out,
-            options=evaluation_options(evaluation, tasks),
+            options=commands.evaluation_options(config, evaluation, tasks),
             dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
             code=code("m2d.evaluate.lm_eval"),
         shell:
             """
-            m2d evaluate {params.model} {params.out} {params.options} \
-                --dtype {params.dtype} >{log} 2>&1
+            m2d evaluate {params.model:q} {params.out:q} {params.options:q} \
+                --dtype {params.dtype:q} >{log:q} 2>&1
             """
 
     rule:
@@ -62,11 +75,11 @@ for name, (evaluation, tasks) in evaluation_jobs(config).items():
             runtime=sized("evaluate_student", "runtime", evaluation=name),
         params:
             out=evaluation_out,
-            options=evaluation_options(evaluation, tasks),
+            options=commands.evaluation_options(config, evaluation, tasks),
             dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
             code=code("m2d.evaluate.lm_eval"),
         shell:
             """
-            m2d evaluate {input.model} {params.out} {params.options} \
-                --dtype {params.dtype} >{log} 2>&1
+            m2d evaluate {input.model:q} {params.out:q} {params.options:q} \
+                --dtype {params.dtype:q} >{log:q} 2>&1
             """

@@ -28,7 +28,7 @@ checkpoint measure_grid:
         mem_mb=sized("measure_grid", "mem_mb"),
         runtime=sized("measure_grid", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         keeps=lambda wildcards: ",".join(map(str, teacher_of(wildcards)["keeps"])),
         groupings=",".join(config["grid"]["groupings"]),
         scalings=",".join(config["grid"]["scalings"]),
@@ -41,7 +41,7 @@ checkpoint measure_grid:
         ),
     shell:
         """
-        m2d grid {params.model} {output} --statistics {input.statistics} --gram {input.gram} \
-            --ranking {input.ranking} --tokens {input.tokens} --keeps {params.keeps} \
-            --groupings {params.groupings} --scalings {params.scalings} {params.options} 2>{log}
+        m2d grid {params.model:q} {output:q} --statistics {input.statistics:q} --gram {input.gram:q} \
+            --ranking {input.ranking:q} --tokens {input.tokens:q} --keeps {params.keeps:q} \
+            --groupings {params.groupings:q} --scalings {params.scalings:q} {params.options:q} 2>{log:q}
         """

@@ -4,6 +4,26 @@
 #      weights take is known to the stage alone, hence a directory)
 
 
+def students_of_kind(*kinds):
+    """A wildcard constraint: the config's students of these kinds."""
+    return any_of(n for n, s in config["students"].items() if student_kind(s) in kinds)
+
+
+def merge_settings(wildcards):
+    """What of a student's settings its merging reads."""
+    student = student_of(wildcards)
+    return {key: student[key] for key in ("scoring", "grouping", "scaling", "keep")}
+
+
+def merge_code(wildcards):
+    student = student_of(wildcards)
+    return code(
+        "m2d.students.merge",
+        grouping=[student["grouping"]],
+        scaling=[student["scaling"]],
+    )
+
+
 rule merge_student:
     """Write one student."""
     input:
@@ -19,7 +39,9 @@ rule merge_student:
     benchmark:
         "<benchmarks>/merge_student/{teacher}/{student}.tsv"
     wildcard_constraints:
-        student=f"{students_of_kind('experts', 'chosen')}|{BEST}",
+        student="|".join(
+            [students_of_kind("experts", "chosen"), choices.BEST, choices.DESCRIBED]
+        ),
     conda:
         "../envs/m2d.yaml"
     threads: 1
@@ -27,13 +49,13 @@ rule merge_student:
         mem_mb=sized("merge_student", "mem_mb"),
         runtime=sized("merge_student", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         student=merge_settings,
         ranking=ranking_digest,
         code=merge_code,
     shell:
         """
-        m2d merge {params.model} {output} --statistics {input.statistics} --gram {input.gram} \
-            --ranking {input.ranking} --grouping {params.student[grouping]} \
-            --scaling {params.student[scaling]} --keep {params.student[keep]} 2>{log}
+        m2d merge {params.model:q} {output:q} --statistics {input.statistics:q} --gram {input.gram:q} \
+            --ranking {input.ranking:q} --grouping {params.student[grouping]:q} \
+            --scaling {params.student[scaling]:q} --keep {params.student[keep]:q} 2>{log:q}
         """

@@ -23,14 +23,14 @@ rule measure_neurons:
         mem_mb=sized("measure_neurons", "mem_mb"),
         runtime=sized("measure_neurons", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
-        neurons=neurons_options,
+        model=model_of,
+        neurons=lambda wildcards: commands.neurons_options(wildcards.neurons),
         options=compute_options,
         code=code("m2d.statistics.neurons"),
     shell:
         """
-        m2d neurons {params.model} {output} --tokens {input.calibration} \
-            {params.neurons} {params.options} 2>{log}
+        m2d neurons {params.model:q} {output:q} --tokens {input.calibration:q} \
+            {params.neurons:q} {params.options:q} 2>{log:q}
         """
 
 
@@ -38,7 +38,8 @@ rule merge_neurons:
     """Write one student of single neurons."""
     input:
         neurons=lambda wildcards: (
-            f"<results>/{wildcards.teacher}/neurons/{neurons_name(wildcards)}.safetensors"
+            f"<results>/{wildcards.teacher}/neurons/"
+            f"{commands.neurons_name(student_of(wildcards))}.safetensors"
         ),
         teacher=teacher_files,
     output:
@@ -56,12 +57,12 @@ rule merge_neurons:
         mem_mb=sized("merge_neurons", "mem_mb"),
         runtime=sized("merge_neurons", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         choice=lambda wildcards: student_of(wildcards)["neurons"],
-        size=lambda wildcards: size_options(student_of(wildcards)),
+        size=lambda wildcards: as_options(student_of(wildcards), ("width", "params")),
         code=code("m2d.students.merge", grouping=[], scaling=[]),
     shell:
         """
-        m2d merge {params.model} {output} --neurons {input.neurons} \
-            --choice {params.choice}{params.size} 2>{log}
+        m2d merge {params.model:q} {output:q} --neurons {input.neurons:q} \
+            --choice {params.choice:q} {params.size:q} 2>{log:q}
         """

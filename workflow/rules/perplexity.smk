@@ -22,13 +22,13 @@ rule measure_teacher:
         mem_mb=sized("measure_teacher", "mem_mb"),
         runtime=sized("measure_teacher", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         options=compute_options,
         code=code("m2d.evaluate.perplexity"),
     shell:
         """
-        m2d perplexity {params.model} --tokens {input.tokens} --out {output} \
-            {params.options} >{log} 2>&1
+        m2d perplexity {params.model:q} --tokens {input.tokens:q} --out {output:q} \
+            {params.options:q} >{log:q} 2>&1
         """
 
 
@@ -56,6 +56,6 @@ rule measure_student:
         code=code("m2d.evaluate.perplexity"),
     shell:
         """
-        m2d perplexity {input.model} --tokens {input.tokens} --out {output} \
-            {params.options} >{log} 2>&1
+        m2d perplexity {input.model:q} --tokens {input.tokens:q} --out {output:q} \
+            {params.options:q} >{log:q} 2>&1
         """

@@ -14,6 +14,39 @@
 # A dry run shows the rankings alone, since only they can tell what follows.
 
 
+def rankings_in(results, wildcards):
+    """The ranking that a grid or a student is made from; before it is chosen, all it may be."""
+    teacher = wildcards.teacher
+    scorings = (
+        [wildcards.scoring]
+        if "scoring" in wildcards.keys()
+        else choices.scorings_of(config, teacher, wildcards.student)
+    )
+    return [f"{results}/{teacher}/rankings/{scoring}.json" for scoring in scorings]
+
+
+def ranking_of(wildcards):
+    """That ranking, never a reason to re-run by its age."""
+    return ancient(rankings_in("<results>", wildcards))
+
+
+def ranking_digest(wildcards):
+    """Digest of that ranking's content, empty before it exists."""
+    files = [Path(file) for file in rankings_in(config["results"], wildcards)]
+    if len(files) > 1 or not files[0].is_file():
+        return ""
+    return hashlib.sha256(files[0].read_bytes()).hexdigest()[:16]
+
+
+def choice_of(wildcards):
+    """What a student's making was decided from: its ranking, and the grids where those chose it."""
+    if student_kind(student_of(wildcards)) != "experts":
+        return []
+    chosen = choices.from_grids(config, wildcards.student)
+    grids = choices.grids_of(config, wildcards.teacher, chosen[0] if chosen else [])
+    return ancient(rankings_in("<results>", wildcards) + grids)
+
+
 checkpoint rank_experts:
     """Order the experts of every layer by one scoring method."""
     input:
@@ -35,6 +68,6 @@ checkpoint rank_experts:
         code=lambda wildcards: code("m2d.statistics.rank", scoring=[wildcards.scoring]),
     shell:
         """
-        m2d rank {output} --statistics {input.statistics} --gram {input.gram} \
-            --scoring {wildcards.scoring} 2>{log}
+        m2d rank {output:q} --statistics {input.statistics:q} --gram {input.gram:q} \
+            --scoring {wildcards.scoring:q} 2>{log:q}
         """

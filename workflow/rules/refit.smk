@@ -3,6 +3,13 @@
 # out: <results>/{teacher}/students/{student}/refit/
 
 
+def refit_options(wildcards):
+    student = student_of(wildcards)
+    weighting = student.get("weighting", "equal")
+    settings = {"variant": student["refit"], "weighting": weighting}
+    return as_options(settings, ("variant", "weighting"))
+
+
 rule refit_student:
     """Solve one student's down projections."""
     input:
@@ -24,12 +31,12 @@ rule refit_student:
         mem_mb=sized("refit_student", "mem_mb"),
         runtime=sized("refit_student", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         variant=refit_options,
         options=compute_options,
         code=code("m2d.refit.refit"),
     shell:
         """
-        m2d refit {input.student} {params.model} {output} --tokens {input.tokens} \
-            {params.variant} {params.options} 2>{log}
+        m2d refit {input.student:q} {params.model:q} {output:q} --tokens {input.tokens:q} \
+            {params.variant:q} {params.options:q} 2>{log:q}
         """

@@ -9,6 +9,23 @@
 # A teacher with `shares: N` has N jobs take a share of the sequences each, for both kinds, and one
 # more add them up: bit for bit what one job would compute.
 
+# The command that takes shares of a statistics file, and its code.
+SHARED_BY = {"statistics.parquet": "stats", "gram.safetensors": "gram"}
+SHARE_CODE = {"stats": "m2d.statistics.routing", "gram": "m2d.statistics.gram"}
+
+
+def shares_of(teacher):
+    """Jobs that share a teacher's statistics; None where one takes all."""
+    return config["teachers"][teacher].get("shares")
+
+
+def share_files(wildcards):
+    kind, shares = SHARED_BY[wildcards.statistics], shares_of(wildcards.teacher)
+    return [
+        f"<results>/{wildcards.teacher}/shares/{kind}-{i}-of-{shares}.safetensors"
+        for i in range(1, shares + 1)
+    ]
+
 
 rule compute_statistics:
     """Routing statistics of every layer and expert."""
@@ -30,15 +47,15 @@ rule compute_statistics:
         mem_mb=sized("compute_statistics", "mem_mb"),
         runtime=sized("compute_statistics", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         options=compute_options,
         timed=script("timed.py"),
         code=code("m2d.statistics.routing"),
     shell:
         """
-        python {params.timed} {log} \
-            m2d stats {params.model} {output} --tokens {input.calibration} \
-            {params.options} 2>{log}
+        python {params.timed:q} {log:q} \
+            m2d stats {params.model:q} {output:q} --tokens {input.calibration:q} \
+            {params.options:q} 2>{log:q}
         """
 
 
@@ -62,15 +79,15 @@ rule compute_gram:
         mem_mb=sized("compute_gram", "mem_mb"),
         runtime=sized("compute_gram", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         options=compute_options,
         timed=script("timed.py"),
         code=code("m2d.statistics.gram"),
     shell:
         """
-        python {params.timed} {log} \
-            m2d gram {params.model} {output} --tokens {input.calibration} \
-            {params.options} 2>{log}
+        python {params.timed:q} {log:q} \
+            m2d gram {params.model:q} {output:q} --tokens {input.calibration:q} \
+            {params.options:q} 2>{log:q}
         """
 
 
@@ -97,13 +114,13 @@ rule compute_share:
         mem_mb=sized("compute_share", "mem_mb"),
         runtime=sized("compute_share", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         options=compute_options,
         code=lambda wildcards: code(SHARE_CODE[wildcards.kind]),
     shell:
         """
-        m2d {wildcards.kind} {params.model} {output} --tokens {input.calibration} \
-            --share {wildcards.share}/{wildcards.shares} {params.options} 2>{log}
+        m2d {wildcards.kind:q} {params.model:q} {output:q} --tokens {input.calibration:q} \
+            --share {wildcards.share:q}/{wildcards.shares:q} {params.options:q} 2>{log:q}
         """
 
 
@@ -130,5 +147,5 @@ rule combine_statistics:
         code=code("m2d.statistics.shards"),
     shell:
         """
-        m2d combine {output} {input} 2>{log}
+        m2d combine {output:q} {input:q} 2>{log:q}
         """

@@ -4,6 +4,11 @@
 #      <results>/cards/{pipeline}/{teacher}.{student}.{variant}.md
 
 
+def package_file(name):
+    """Digest of a file of the package that a job reads."""
+    return hashlib.sha256((PACKAGE / name).read_bytes()).hexdigest()[:16]
+
+
 rule make_tables:
     """Gather a pipeline's results."""
     input:
@@ -39,9 +44,9 @@ rule make_tables:
         code=code("m2d.report.tables"),
     shell:
         """
-        m2d tables {output} --grid {input.grids} --perplexity {input.perplexities} \
-            --evaluation {input.evaluations} --provenance {params.provenance} \
-            --benchmarks {params.benchmarks} 2>{log}
+        m2d tables {output:q} --grid {input.grids:q} --perplexity {input.perplexities:q} \
+            --evaluation {input.evaluations:q} --provenance {params.provenance:q} \
+            --benchmarks {params.benchmarks:q} 2>{log:q}
         """
 
 
@@ -81,10 +86,10 @@ rule draw_figures:
         code=code("m2d.report.figures"),
     shell:
         """
-        m2d figures {output} --grid {input.grids} --perplexity {input.perplexities} \
-            --evaluation {input.evaluations} --provenance {params.provenance} \
-            --statistics {input.statistics} --gram {input.gram} \
-            --metrics {params.metrics} 2>{log}
+        m2d figures {output:q} --grid {input.grids:q} --perplexity {input.perplexities:q} \
+            --evaluation {input.evaluations:q} --provenance {params.provenance:q} \
+            --statistics {input.statistics:q} --gram {input.gram:q} \
+            --metrics {params.metrics:q} 2>{log:q}
         """
 
 
@@ -117,6 +122,6 @@ rule write_cards:
         code=code("m2d.report.cards"),
     shell:
         """
-        m2d card --out {output} {input.models} --perplexity {input.perplexities} \
-            --evaluation {input.evaluations} --tokens {input.calibrations} 2>{log}
+        m2d card --out {output:q} {input.models:q} --perplexity {input.perplexities:q} \
+            --evaluation {input.evaluations:q} --tokens {input.calibrations:q} 2>{log:q}
         """

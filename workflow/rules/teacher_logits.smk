@@ -6,6 +6,20 @@
 # on with the next. Hence the flags, and a job before them that clears away what is out of date.
 
 
+def parts_of_logits(wildcards):
+    settings = logits_names(config)[wildcards.logits]["teacher_logits"]
+    return expand(
+        "<results>/{{teacher}}/teacher-logits/{{logits}}/{part}-of-{parts}.done",
+        part=range(1, settings["parts"] + 1),
+        parts=settings["parts"],
+    )
+
+
+def logits_options(wildcards):
+    recipe = logits_names(config)[wildcards.logits]
+    return commands.logits_options(recipe, teacher_of(wildcards))
+
+
 rule clear_teacher_logits:
     """Remove stored outputs of other tokens, code or weights."""
     input:
@@ -23,7 +37,7 @@ rule clear_teacher_logits:
         code=code("m2d.distill.teacher_logits"),
     shell:
         """
-        (cd "$(dirname {output})" && rm -rf index.json shard-* .shard-* *.done) 2>{log}
+        (cd "$(dirname {output:q})" && rm -rf index.json shard-* .shard-* *.done) 2>{log:q}
         """
 
 
@@ -47,16 +61,16 @@ rule store_teacher_logits:
         mem_mb=sized("store_teacher_logits", "mem_mb"),
         runtime=sized("store_teacher_logits", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         options=logits_options,
         spread=lambda wildcards, resources: (
-            "--device-map auto" if (resources.get("gpu") or 0) > 1 else ""
+            ["--device-map", "auto"] if (resources.get("gpu") or 0) > 1 else []
         ),
         code=code("m2d.distill.teacher_logits"),
     shell:
         """
-        m2d teacher-logits {params.model} "$(dirname {output})" --tokens {input.tokens} \
-            --part {wildcards.part}/{wildcards.parts} {params.spread} {params.options} 2>{log}
+        m2d teacher-logits {params.model:q} "$(dirname {output:q})" --tokens {input.tokens:q} \
+            --part {wildcards.part:q}/{wildcards.parts:q} {params.spread:q} {params.options:q} 2>{log:q}
         """
 
 

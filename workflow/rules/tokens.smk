@@ -2,6 +2,28 @@
 # in:  <results>/corpus/*.jsonl or the config's own files; nothing for a dataset of the hub
 # out: <results>/{teacher}/tokens/{calibration,test,distillation}.safetensors
 
+from m2d.tokens.text import text_files as files_below
+
+
+def token_settings(wildcards):
+    return teacher_of(wildcards)["tokens"][wildcards.tokens]
+
+
+def dataset_of(wildcards):
+    return config["datasets"][token_settings(wildcards)["dataset"]]
+
+
+def text_files(wildcards):
+    """The files behind a dataset, those in its folders one by one: a folder has no checksum."""
+    dataset = dataset_of(wildcards)
+    parts = [config["datasets"][name] for name in dataset.get("mix", [])] or [dataset]
+    named = [Path(f) for part in parts for f in commands.text_files_of(config, part)]
+    return [
+        str(file)
+        for name in named
+        for file in (files_below([name]) if name.is_dir() else [name])
+    ]
+
 
 rule make_tokens:
     """Cut text into token sequences of equal length."""
@@ -21,12 +43,12 @@ rule make_tokens:
         mem_mb=sized("make_tokens", "mem_mb"),
         runtime=sized("make_tokens", "runtime"),
     params:
-        model=lambda wildcards: teacher_of(wildcards)["model"],
+        model=model_of,
         settings=token_settings,
-        source=text_source,
+        source=lambda wildcards: commands.text_options(config, dataset_of(wildcards)),
         code=code("m2d.tokens.tokenize"),
     shell:
         """
-        m2d tokenize {params.model} {output} {params.source} \
-            --sequences {params.settings[sequences]} --length {params.settings[length]} 2>{log}
+        m2d tokenize {params.model:q} {output:q} {params.source:q} \
+            --sequences {params.settings[sequences]:q} --length {params.settings[length]:q} 2>{log:q}
         """
