@@ -32,6 +32,7 @@ COMMANDS = {
     "baseline": ("m2d.baselines.random", "a student with new weights in its FFNs, or everywhere"),
     "refit": ("m2d.refit.refit", "solve a student's down projections in closed form"),
     "perplexity": ("m2d.evaluate.perplexity", "perplexity of a teacher or student"),
+    "export": ("m2d.export.command", "write a student as a GGUF file, for llama.cpp"),
     "distill": ("m2d.distill.run", "train a student on its teacher's outputs"),
     "teacher-logits": (
         "m2d.distill.teacher_logits",

@@ -1,0 +1,1 @@
+"""A student in the files of other programs."""
