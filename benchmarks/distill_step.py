@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from m2d.distill.trainer import Recipe, make_trainer
-from m2d.tokens.packed import PackedTokens
+from m2d.tokens.dataset import PackedTokens
 
 VOCABULARY = 32_768
 SHAPE = {

@@ -26,10 +26,12 @@ from m2d.statistics.neurons import collect
 from m2d.statistics.routing import RoutingTotals
 from m2d.students.merge import write_student
 from m2d.students.widths import add_width_options, chosen_width
-from m2d.tokens.files import read_tokens
+from m2d.tokens.encode import BOS
+from m2d.tokens.files import cut_to, read_tokens
 from m2d.tokens.tokenize import add_text_options, tokens_from
 
 GRANULARITIES = ("experts", "neurons")
+SEQUENCES, LENGTH = 512, 2048
 
 
 def convert(
@@ -49,8 +51,10 @@ def convert(
     text: Sequence[str | Path] | None = None,
     tokens: str | Path | None = None,
     dataset: str | None = None,
-    sequences: int = 512,
-    length: int = 2048,
+    sequences: int | None = None,
+    length: int | None = None,
+    column: str | None = None,
+    bos: str = BOS[0],
     dtype: str | None = None,
     device: str | None = None,
     batch: int = 8,
@@ -65,7 +69,9 @@ def convert(
     has (default: the width of the router's top-k). refit: "layer" or "sequential" to solve the down
     projections anew, with the tokens' `weighting` "equal" or "relative" (docs/closed-form.md).
     One of text (files), tokens (a token file) or dataset (NAME[@CONFIG][:SPLIT[:COLUMN]])
-    gives the calibration tokens; sequences and length say how many, for text and dataset.
+    gives the calibration tokens; sequences and length say how many (512 of 2048; of a token file
+    all, or the first `sequences` of windows of `length`). column, bos: of text and dataset, as in
+    m2d tokenize.
     dtype: of the computation and of the student; the checkpoint's by default.
 
     Raises UserError on bad input, before anything is written.
@@ -90,11 +96,17 @@ def convert(
     check_size(opened, granularity, keep, width, params)
     compute_dtype, chosen_device = pick_dtype(dtype, opened.dtype), pick_device(device)
 
+    vocabulary = opened.config.get_text_config().vocab_size
     if tokens is not None:
-        input_ids = read_tokens(tokens, opened.config.vocab_size)
+        if column is not None or bos != BOS[0]:
+            raise UserError("--column and --bos go with --text and --dataset")
+        input_ids = cut_to(read_tokens(tokens, vocabulary), sequences, length)
         source = Path(tokens).name
     else:
-        input_ids = tokens_from(opened.folder, text, dataset, length, sequences)
+        input_ids = tokens_from(
+            opened.folder, text, dataset, length or LENGTH, sequences or SEQUENCES,
+            column=column, bos=bos, vocab_size=vocabulary,
+        )  # fmt: skip
         source = ", ".join(Path(file).name for file in text) if text else str(dataset)
     if refit and len(input_ids) < 2:
         raise UserError("--refit needs at least 2 sequences: some to fit, some to hold out")
@@ -200,8 +212,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source = add_text_options(parser)
     source.add_argument("--tokens", metavar="FILE", help="token file from m2d tokenize")
-    parser.add_argument("--sequences", type=positive, default=512, help="(default: 512)")
-    parser.add_argument("--length", type=positive, default=2048, help="tokens each (default: 2048)")
+    parser.add_argument(
+        "--sequences", type=positive, help=f"(default: {SEQUENCES}; of a token file, all)"
+    )
+    parser.add_argument(
+        "--length", type=positive, help=f"tokens each (default: {LENGTH}; of a token file, its own)"
+    )
     add_compute_options(parser)
 
 

@@ -150,7 +150,7 @@ def test_text_that_cannot_be_read(tiny_teacher, out, capsys, tmp_path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "b.csv").write_text("text")
     (tmp_path / "c.jsonl").write_text('{"body": 1}\n')
-    for name, says in [("a.txt", "no text"), ("b.csv", "unknown kind"), ("c.jsonl", "no text"),
+    for name, says in [("a.txt", "no text"), ("b.csv", "unknown kind"), ("c.jsonl", "no column holds"),
                        ("d.txt", "no such file")]:  # fmt: skip
         assert says in refused(convert(tiny_teacher, out, tmp_path / name), out, capsys)
 
@@ -173,13 +173,13 @@ def test_a_kill_leaves_no_student(tiny_teacher, tiny_text, tmp_path) -> None:
     out = tmp_path / "student"
     code = (
         "import os, signal, sys\n"
-        "from m2d.models import student\n"
-        "make, count = student.StudentTensors.make, [0]\n"
+        "from m2d.students import tensors\n"
+        "make, count = tensors.StudentTensors.make, [0]\n"
         "def killing(self, name, plan):\n"
         "    count[0] += 1\n"
         "    if count[0] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return make(self, name, plan)\n"
-        "student.StudentTensors.make = killing\n"
+        "tensors.StudentTensors.make = killing\n"
         "from m2d.cli import main\n"
         "main(sys.argv[1:])\n"
     )

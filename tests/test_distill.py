@@ -36,7 +36,8 @@ from m2d.distill import watch
 from m2d.distill.trainer import check_head, hidden_states
 from m2d.errors import UserError
 from m2d.tokens import packed as data
-from m2d.tokens.packed import PackedTokens, mixture, pack_tokens, write_packed
+from m2d.tokens.dataset import PackedTokens
+from m2d.tokens.packed import mixture, pack_tokens, write_packed
 
 STEPS = 6
 LEARNING_RATE = 0.01

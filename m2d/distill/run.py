@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
     from m2d.distill.loading import expand_routing, load_model
     from m2d.distill.processes import broadcast, start_processes
     from m2d.models.teacher import dtype_of, locate, pick_dtype, quiet, read_config
-    from m2d.tokens.packed import PackedTokens
+    from m2d.tokens.dataset import PackedTokens
 
     require_absent(args.out)
     check_options(args)

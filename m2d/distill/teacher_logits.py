@@ -26,7 +26,7 @@ from m2d.errors import UserError
 from m2d.models.teacher import dtype_of, locate, pick_device, pick_dtype, read_config
 from m2d.options import add_compute_options, positive
 from m2d.progress import progress, say
-from m2d.tokens.packed import PackedTokens
+from m2d.tokens.dataset import PackedTokens
 
 
 def part(text: str) -> tuple[int, int]:

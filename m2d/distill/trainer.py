@@ -21,7 +21,7 @@ from m2d.distill.loss import Head, distillation_loss, stored_loss
 from m2d.distill.settings import DistillSettings
 from m2d.errors import UserError
 from m2d.settings import Count, NotNegative, Whole
-from m2d.tokens.packed import PackedTokens
+from m2d.tokens.dataset import PackedTokens
 
 KEPT_CHECKPOINTS = 2
 WEIGHTS = "student.pt"

@@ -32,7 +32,7 @@ from m2d.models.teacher import (
 )
 from m2d.options import add_compute_options, positive
 from m2d.progress import progress
-from m2d.tokens.files import read_tokens
+from m2d.tokens.files import cut_to, read_tokens
 from m2d.tokens.tokenize import add_text_options, tokens_from
 
 PROTOCOL = "token-level, non-overlapping windows, the first token of each is not predicted"
@@ -144,12 +144,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     _, config = read_config(locate(args.model))
+    vocabulary = config.get_text_config().vocab_size
     if args.tokens:
-        tokens = read_tokens(args.tokens, config.get_text_config().vocab_size)
-        if args.length:
-            tokens = rewindow(tokens, args.length)
+        tokens = cut_to(read_tokens(args.tokens, vocabulary), None, args.length)
     else:
-        tokens = tokens_from(args.model, args.text, args.dataset, args.length or 2048, None)
+        tokens = tokens_from(
+            args.model, args.text, args.dataset, args.length or 2048, None,
+            column=args.column, bos=args.bos, vocab_size=vocabulary,
+        )  # fmt: skip
     result = measure(args.model, tokens, args.batch, args.dtype, pick_device(args.device))
     if args.out:
         write_json(args.out, asdict(result))
@@ -161,13 +163,3 @@ def main(args: argparse.Namespace) -> None:
             f"perplexity {result.perplexity:.4f}{error} over {result.n_tokens} tokens "
             f"({result.sequences} windows of {result.length}; {PROTOCOL})"
         )
-
-
-def rewindow(tokens: Tensor, length: int) -> Tensor:
-    """tokens [S, T] cut into windows of `length`, which must divide T or be smaller."""
-    if not 2 <= length <= tokens.shape[1]:
-        raise UserError(
-            f"--length {length}: must lie between 2 and the file's length, {tokens.shape[1]}"
-        )
-    whole = tokens.shape[1] // length * length
-    return tokens[:, :whole].reshape(-1, length)

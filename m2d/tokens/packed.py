@@ -1,10 +1,12 @@
-"""Tokens for distillation and calibration: packing text, and reading the packed artifact.
+"""Tokens for distillation and calibration: packing text into a token file.
 
 The artifact is one safetensors file with `input_ids`, int64 [sequences, length], and no padding:
 documents follow one another, each closed by the end-of-sequence token, and are cut at every
-`length` tokens.
+`length` tokens. Where a loss counts some tokens only, uint8 `loss_mask` [sequences, length] is 1
+for those that it counts as targets.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -12,16 +14,16 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from torch.utils.data import Dataset
 
 from m2d.artifacts import flush_to_disk, fsync, read_json, write_json
 from m2d.errors import UserError
 from m2d.progress import progress, say
+from m2d.tokens.encode import Encoder, bos_token
+from m2d.tokens.rows import Document, text_of
 
 # Documents that go to the tokenizer at once, so that a fast tokenizer can use its threads.
 DOCUMENTS_AT_ONCE = 256
@@ -29,61 +31,89 @@ SECONDS_BETWEEN_POSITIONS = 60.0
 
 
 def packed_batches(
-    documents: Iterable[str], tokenizer: Any, length: int, rest: Sequence[int] = ()
+    documents: Iterable[Document],
+    tokenizer: Any,
+    length: int,
+    rest: Sequence[Sequence[int]] = (),
+    *,
+    bos: str = "auto",
+    loss_on: str = "all",
+    vocab_size: int | None = None,
 ) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
     """Yield, for a batch of documents at a time, what they fill, how many they are, what is over.
 
-    That is int64 [sequences, length], a number, and int64 [fewer than length], which the next batch
-    goes on from, as the first does from `rest`. No special token is added but the end-of-sequence
-    token after each document; the unfilled last sequence is dropped.
+    That is int64 [sequences, length, C], a number, and int64 [fewer than length, C], which the next
+    batch goes on from, as the first does from `rest`. C is 1, token ids, or 2, with what a loss
+    counts (m2d.tokens.encode, which says what `bos` and `loss_on` are). The unfilled last sequence
+    is dropped.
 
     Raises:
-        UserError: the tokenizer has no end-of-sequence token.
+        UserError: the tokenizer lacks a special token or a chat template that is needed, its
+            template takes none of the chats, or it gives an id outside the vocabulary.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
-        )
-    over = np.asarray(rest, np.int64)
-    documents = iter(documents)
+    encode = Encoder(tokenizer, bos, loss_on, vocab_size)
+    columns = 2 if encode.masked else 1
+    begin = np.empty((0, columns), np.int64)
+    if bos == "sequence":
+        begin = np.asarray([[bos_token(tokenizer, bos), 0][:columns]], np.int64)
+    room = length - len(begin)
+    over = np.asarray(rest, np.int64).reshape(-1, columns)
+    documents, taken = iter(documents), 0
     while batch := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
-        # verbose=False: a document longer than the model's context is no mistake here.
-        rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        parts = [np.asarray([*row, tokenizer.eos_token_id], np.int64) for row in rows]
-        over = np.concatenate([over, *parts])
-        whole = len(over) // length
-        filled, over = over[: whole * length].reshape(whole, length), over[whole * length :]
-        yield filled, len(batch), over
+        over = np.concatenate([over, *encode(batch)])
+        taken += len(batch)
+        whole = len(over) // room
+        filled = over[: whole * room].reshape(whole, room, columns)
+        over = over[whole * room :]
+        heads = np.broadcast_to(begin, (whole, *begin.shape))
+        yield np.concatenate([heads, filled], axis=1), len(batch), over
+    if encode.refused and encode.refused == taken:
+        raise UserError(f"none of the chats is usable: {encode.reason}")
+    if encode.refused:
+        say(f"skipped {encode.refused} of {taken} documents: {encode.reason}")
 
 
 def pack_tokens(
-    documents: Iterable[str], tokenizer: Any, length: int, sequences: int | None
+    documents: Iterable[Document],
+    tokenizer: Any,
+    length: int,
+    sequences: int | None,
+    bos: str = "auto",
+    vocab_size: int | None = None,
 ) -> torch.Tensor:
     """Pack documents into int64 [sequences, length] tokens.
 
     Args:
-        documents: texts, in the order in which they are used; read no further than needed.
+        documents: texts or chats, in the order in which they are used; read no further than needed.
         tokenizer: a transformers tokenizer.
         length: tokens of a sequence.
         sequences: how many sequences; None takes all that the documents fill.
+        bos: where a beginning-of-sequence token stands (m2d.tokens.encode).
+        vocab_size: of the model that is to read them, where it is known.
 
     Raises:
-        UserError: too little text for `sequences` (or for one), or no end-of-sequence token.
+        UserError: too little text for `sequences` (or for one), or as `packed_batches`.
     """
-    batches = packed_batches(documents, tokenizer, length)
-    rows = list(itertools.islice((row for filled, *_ in batches for row in filled), sequences))
+    batches = packed_batches(documents, tokenizer, length, bos=bos, vocab_size=vocab_size)
+    rows = list(
+        itertools.islice((row[:, 0] for filled, *_ in batches for row in filled), sequences)
+    )
     require_filled(len(rows), length, sequences)
     return torch.from_numpy(np.stack(rows))
 
 
 def write_packed(
     path: str | Path,
-    documents: Iterable[str],
+    documents: Iterable[Document],
     tokenizer: Any,
     length: int,
     sequences: int | None,
     metadata: dict[str, str],
     identity: object = None,
+    *,
+    bos: str = "auto",
+    loss_on: str = "all",
+    vocab_size: int | None = None,
 ) -> int:
     """Pack documents straight into a token file, of any size; returns its sequences.
 
@@ -99,49 +129,62 @@ def write_packed(
     """
     path = Path(path)
     work = path.with_name(f".{path.name}.packing")
-    file, position = work / path.name, work / "position.json"
+    file, mask, position = work / path.name, work / "loss_mask", work / "position.json"
+    options: dict[str, Any] = {"bos": bos, "loss_on": loss_on, "vocab_size": vocab_size}
     request = {"metadata": metadata, "sequences": sequences, "length": length, "of": identity}
     start: dict[str, Any] = {"documents": 0, "rows": 0, "rest": []}
-    work.mkdir(parents=True, exist_ok=True)
+    make_own_folder(work)
+    # The header comes first and has the number of rows: room is kept for it, and filled later.
+    room = len(packed_header(2**40, length, metadata, masked=True))
     # Through JSON, since a tuple that is written comes back as a list.
-    same = json.loads(json.dumps(request))
-    if file.is_file() and position.is_file() and (found := read_json(position))["request"] == same:
+    same = json.loads(json.dumps(request | options))
+    found = position_in(position, same)
+    sizes = {} if found is None else {file: room + found["rows"] * length * 8}
+    if found is not None and loss_on != "all":
+        sizes[mask] = found["rows"] * length
+    if found and all(f.is_file() and f.stat().st_size >= size for f, size in sizes.items()):
         start = found
         say(f"{path}: going on after {start['rows']} sequences")
     else:  # a position is of the tokens beside it: it goes before they do
         position.unlink(missing_ok=True)
         fsync(work)
-    # The header comes first and has the number of rows: room is kept for it, and filled later.
-    room = len(packed_header(2**40, length, metadata))
-    with file.open("r+b" if start["rows"] else "wb") as out:
+    with open_own(file) as out, open_own(mask) as mask_out:
         rows = start["rows"]
         out.seek(out.truncate(room + rows * length * 8))
+        mask_out.seek(mask_out.truncate(rows * length if loss_on != "all" else 0))
 
         def rows_of_batches() -> Iterator[np.ndarray]:
             read, last = start["documents"], time.monotonic()
             rest = itertools.islice(documents, read, None)
-            for filled, number, over in packed_batches(rest, tokenizer, length, start["rest"]):
+            batches = packed_batches(rest, tokenizer, length, start["rest"], **options)
+            for filled, number, over in batches:
                 yield from filled
                 read += number
                 if time.monotonic() - last >= SECONDS_BETWEEN_POSITIONS:
                     last = time.monotonic()
-                    out.flush()
-                    os.fsync(out.fileno())
+                    for stream in (mask_out, out):
+                        stream.flush()
+                        os.fsync(stream.fileno())
                     place = {"documents": read, "rows": rows, "rest": over.tolist()}
-                    write_json(position, {**place, "request": request})
+                    write_json(position, {**place, "request": same})
 
         left = None if sequences is None else sequences - rows
         packed = itertools.islice(rows_of_batches(), left)
         for row in progress(packed, "tokens, sequences", total=left):
-            out.write(row.astype("<i8").tobytes())
+            out.write(row[:, 0].astype("<i8").tobytes())
+            if loss_on != "all":
+                mask_out.write(row[:, 1].astype("u1").tobytes())
             rows += 1
         try:
             require_filled(rows, length, sequences)
         except UserError:
             shutil.rmtree(work)
             raise
+        if loss_on != "all":
+            mask_out.seek(0)
+            shutil.copyfileobj(mask_out, out)
         out.seek(0)
-        out.write(packed_header(rows, length, metadata, room))
+        out.write(packed_header(rows, length, metadata, room, masked=loss_on != "all"))
     flush_to_disk(file)
     position.unlink(missing_ok=True)
     file.rename(path)
@@ -150,11 +193,50 @@ def write_packed(
     return rows
 
 
-def packed_header(rows: int, length: int, metadata: dict[str, str], size: int = 0) -> bytes:
-    """The safetensors header of int64 input_ids [rows, length], padded with spaces to `size`."""
+def position_in(file: Path, request: object) -> dict[str, Any] | None:
+    """Where a killed run of the same request was, if it left a sound note of it."""
+    if not file.is_file() or file.is_symlink():
+        return None
+    try:
+        found = read_json(file)
+    except UserError:
+        return None
+    counts = [found.get(key) for key in ("documents", "rows")] if isinstance(found, dict) else []
+    sound = len(counts) == 2 and all(type(count) is int and count >= 0 for count in counts)
+    return found if sound and found.get("request") == request else None
+
+
+def make_own_folder(folder: Path) -> None:
+    """Make a work folder. Raises UserError where something else has its name."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder}: is in the way of a work folder; remove it")
+
+
+def open_own(file: Path) -> BinaryIO:
+    """A work file, made if it is not there, to read and write; never what a link points to."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    return os.fdopen(os.open(file, flags, 0o666), "r+b")
+
+
+def packed_header(
+    rows: int, length: int, metadata: dict[str, str], size: int = 0, masked: bool = False
+) -> bytes:
+    """The safetensors header of int64 input_ids [rows, length], padded with spaces to `size`.
+
+    masked: with uint8 loss_mask of the same shape behind it.
+    """
     notes = {**metadata, "sequences": str(rows), "length": str(length)}
-    tensor = {"dtype": "I64", "shape": [rows, length], "data_offsets": [0, rows * length * 8]}
-    text = json.dumps({"__metadata__": notes, "input_ids": tensor}).encode()
+    shape, end = [rows, length], rows * length * 8
+    header: dict[str, Any] = {
+        "__metadata__": notes,
+        "input_ids": {"dtype": "I64", "shape": shape, "data_offsets": [0, end]},
+    }
+    if masked:
+        place = [end, end + rows * length]
+        header["loss_mask"] = {"dtype": "U8", "shape": shape, "data_offsets": place}
+    text = json.dumps(header).encode()
     # The tensor begins at a multiple of 8.
     text = text.ljust(max(size - 8, -(-len(text) // 8) * 8))
     return len(text).to_bytes(8, "little") + text
@@ -169,7 +251,7 @@ def require_filled(rows: int, length: int, sequences: int | None) -> None:
         )
 
 
-def mixture(sources: Sequence[tuple[Iterable[str], float]]) -> Iterator[str]:
+def mixture(sources: Sequence[tuple[Iterable[Document], float]]) -> Iterator[Document]:
     """Interleave the documents of several sources by weight; each source keeps its order.
 
     The next document comes from the source that is furthest behind its share of the characters so
@@ -190,77 +272,5 @@ def mixture(sources: Sequence[tuple[Iterable[str], float]]) -> Iterator[str]:
         except StopIteration:
             return
         # An empty document still counts, or a source of them would never let another in.
-        used[behind] += max(len(document), 1)
+        used[behind] += max(len(text_of(document)), 1)
         yield document
-
-
-class PackedTokens(Dataset):
-    """The packed sequences in training order: every epoch is a fresh permutation of all rows.
-
-    Item i is a pure function of the file, the seed and i, and item i belongs to step
-    i // (sequences a step), whatever the number of processes; so a step number is an exact
-    position in the data. Rows are read from a memory map.
-    """
-
-    def __init__(self, path: str | Path, seed: int, items: int | None = None) -> None:
-        """Open a token file for `items` items (default: one epoch).
-
-        Raises:
-            UserError: the file is missing, not safetensors, or has no 2-D integer `input_ids`.
-        """
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file; make one with m2d tokenize")
-        try:
-            with safe_open(self.path, "np") as file:
-                kept = file.get_slice("input_ids")
-                shape, dtype = kept.get_shape(), kept.get_dtype()
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a readable token file ({error})") from None
-        if len(shape) != 2 or min(shape) < 1 or dtype not in ("I64", "I32", "U32", "U16"):
-            raise UserError(
-                f"{path}: input_ids is {dtype} {shape}; whole numbers of shape "
-                "[sequences, length] are expected"
-            )
-        self.sequences, self.length = shape
-        self.seed = seed
-        self.items = items if items is not None else self.sequences
-        self._rows: Any = None
-        self._order: tuple[int, np.ndarray] | None = None
-
-    def rows(self) -> Any:
-        """The memory-mapped `input_ids`; opened on first use, so that workers open their own."""
-        if self._rows is None:
-            self._rows = safe_open(self.path, "np").get_slice("input_ids")
-        return self._rows
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise a UserError if any token id lies outside [0, vocab_size)."""
-        for start in range(0, self.sequences, 4096):
-            part = self.rows()[start : min(start + 4096, self.sequences)]
-            low, high = int(part.min()), int(part.max())
-            if low < 0 or high >= vocab_size:
-                raise UserError(
-                    f"{self.path}: token id {low if low < 0 else high} is outside the model's "
-                    f"vocabulary of {vocab_size}; was it made with another tokenizer?"
-                )
-
-    def row_of(self, item: int) -> int:
-        """The row of the file that item `item` is."""
-        epoch, place = divmod(item, self.sequences)
-        if self._order is None or self._order[0] != epoch:
-            generator = np.random.default_rng([self.seed, epoch])
-            self._order = (epoch, generator.permutation(self.sequences))
-        return int(self._order[1][place])
-
-    def __len__(self) -> int:
-        return self.items
-
-    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        """{"input_ids": int64 [length], "row": int64 []}."""
-        row = self.row_of(item)
-        ids = self.rows()[row : row + 1][0].astype(np.int64)
-        return {"input_ids": torch.from_numpy(ids), "row": torch.tensor(row)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": None}

@@ -6,19 +6,22 @@ where it was when it is started again with the same arguments.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from m2d.artifacts import sha256_of
-from m2d.errors import UserError
-from m2d.models.teacher import locate
+from m2d.errors import UserError, first_line
+from m2d.models.teacher import locate, read_config
 from m2d.options import positive
 from m2d.progress import say
+from m2d.tokens.encode import BOS, LOSS_ON
 from m2d.tokens.packed import mixture, pack_tokens, write_packed
-from m2d.tokens.text import SUFFIXES, read_documents
+from m2d.tokens.rows import PEEK, Document, column_of, documents_of, values_of
+from m2d.tokens.text import kind_of, read_documents
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -28,10 +31,21 @@ def add_text_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclu
         "--text",
         nargs="+",
         metavar="FILE",
-        help=".txt, .md, .rst, .jsonl or .parquet (field text), or folders of such",
+        help="text, JSON or Parquet files (.txt, .jsonl, .json, .parquet, ..., also .gz and .zst), "
+        "or folders of such",
     )
     source.add_argument(
         "--dataset", metavar="NAME[@CONFIG][:SPLIT[:COLUMN]]", help="through datasets, streamed"
+    )
+    parser.add_argument(
+        "--column", metavar="NAME", help="of the text, or of chats (default: text, messages, ...)"
+    )
+    parser.add_argument(
+        "--bos",
+        choices=BOS,
+        default=BOS[0],
+        help="where a beginning-of-sequence token stands: before each document or sequence, "
+        "nowhere, or before each document if the tokenizer puts it there (auto)",
     )
     return source
 
@@ -47,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a part of a mixture: its share of the characters, and a text file, a folder or a "
         "dataset; give one for each part",
     )
+    parser.add_argument(
+        "--loss-on",
+        choices=LOSS_ON,
+        default=LOSS_ON[0],
+        help="assistant: a distillation on these tokens counts what assistants say in chats (all)",
+    )
     parser.add_argument("--sequences", type=positive, default=512, help="(default: 512)")
     parser.add_argument("--length", type=positive, default=2048, help="tokens each (default: 2048)")
 
@@ -57,26 +77,34 @@ def load_tokenizer(model: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: no usable tokenizer ({reason})") from None
+        raise UserError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
 
 
-def dataset_documents(spec: str) -> Iterable[str]:
+def vocabulary_of(model: str | Path) -> int | None:
+    """The tokens that a model knows; None for a folder that holds a tokenizer alone."""
+    try:
+        _, config = read_config(locate(model))
+    except UserError:
+        return None
+    return int(config.get_text_config().vocab_size)
+
+
+def dataset_documents(spec: str, column: str | None = None) -> Iterator[Document]:
     """Stream the documents of NAME[@CONFIG][:SPLIT[:COLUMN]]; NAME may be a local folder."""
     from datasets import load_dataset
 
-    name, split, column = [*spec.split(":"), "", ""][:3]
+    name, split, named = [*spec.split(":"), "", ""][:3]
     path, _, config = name.partition("@")
-    split, column = split or "train", column or "text"
+    place = f"--dataset {spec}"
     try:
-        rows = load_dataset(path, config or None, split=split, streaming=True)
-        for row in rows:
-            yield row[column]
-    except KeyError:
-        raise UserError(f"--dataset {spec}: has no column {column!r}") from None
+        rows = iter(load_dataset(path, config or None, split=split or "train", streaming=True))
+        head = list(itertools.islice(rows, PEEK))
+        chosen = column_of(head, named or column, place)
+        yield from documents_of(values_of(itertools.chain(head, rows), chosen), place)
+    except UserError:
+        raise
     except Exception as error:  # datasets raises many kinds, all meaning "not available"
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--dataset {spec}: not available ({reason})") from None
+        raise UserError(f"{place}: not available ({first_line(error)})") from None
 
 
 def tokens_from(
@@ -85,13 +113,22 @@ def tokens_from(
     dataset: str | None,
     length: int,
     sequences: int | None,
+    *,
+    column: str | None = None,
+    bos: str = BOS[0],
+    vocab_size: int | None = None,
 ) -> Any:
-    """Packed tokens [sequences, length] of text files or of a dataset."""
-    documents = read_documents(text) if text else dataset_documents(str(dataset))
-    return pack_tokens(documents, load_tokenizer(model), length, sequences)
+    """Packed tokens [sequences, length] of text files or of a dataset.
+
+    Raises UserError where they hold an id that a model of `vocab_size` tokens does not know.
+    """
+    documents = read_documents(text, column) if text else dataset_documents(str(dataset), column)
+    return pack_tokens(documents, load_tokenizer(model), length, sequences, bos, vocab_size)
 
 
-def mixed_documents(parts: Sequence[tuple[str, str]]) -> Iterable[str]:
+def mixed_documents(
+    parts: Sequence[tuple[str, str]], column: str | None = None
+) -> Iterator[Document]:
     """The documents of (weight, source) pairs, interleaved by weight."""
     sources = []
     for weight, source in parts:
@@ -101,8 +138,8 @@ def mixed_documents(parts: Sequence[tuple[str, str]]) -> Iterable[str]:
             share = 0.0
         if not 0 < share < float("inf"):
             raise UserError(f"--mix {weight} {source}: the weight must be a number above 0")
-        local = Path(source).exists() or Path(source).suffix in SUFFIXES
-        documents = read_documents([source]) if local else dataset_documents(source)
+        local = Path(source).exists() or kind_of(Path(source))
+        documents = read_documents([source], column) if local else dataset_documents(source, column)
         sources.append((documents, share))
     return mixture(sources)
 
@@ -127,18 +164,19 @@ def identity_of(teacher: str, sources: Iterable[str]) -> list[Any]:
 
 def main(args: argparse.Namespace) -> None:
     sources = [source for _, source in args.mix or ()] or args.text or [args.dataset]
-    identity = identity_of(args.teacher, sources)
+    identity = [identity_of(args.teacher, sources), args.column]
     if args.mix:
-        documents = mixed_documents(args.mix)
+        documents = mixed_documents(args.mix, args.column)
         source = " + ".join(f"{weight} {name}" for weight, name in args.mix)
     elif args.text:
-        documents = read_documents(args.text)
+        documents = read_documents(args.text, args.column)
         source = ", ".join(Path(file).name for file in args.text)
     else:
-        documents, source = dataset_documents(args.dataset), args.dataset
+        documents, source = dataset_documents(args.dataset, args.column), args.dataset
     notes = {"tokenizer": Path(args.teacher).name, "source": source}
     tokenizer = load_tokenizer(args.teacher)
     rows = write_packed(
-        args.out, documents, tokenizer, args.length, args.sequences, notes, identity
-    )
+        args.out, documents, tokenizer, args.length, args.sequences, notes, identity,
+        bos=args.bos, loss_on=args.loss_on, vocab_size=vocabulary_of(args.teacher),
+    )  # fmt: skip
     say(f"{args.out}: {rows} sequences of {args.length} tokens from {source}")
