@@ -150,7 +150,7 @@ def test_text_that_cannot_be_read(tiny_teacher, out, capsys, tmp_path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "b.csv").write_text("text")
     (tmp_path / "c.jsonl").write_text('{"body": 1}\n')
-    for name, says in [("a.txt", "no text"), ("b.csv", "unknown kind"), ("c.jsonl", "no column holds"),
+    for name, says in [("a.txt", "no text"), ("b.csv", "unknown kind"), ("c.jsonl", "no column"),
                        ("d.txt", "no such file")]:  # fmt: skip
         assert says in refused(convert(tiny_teacher, out, tmp_path / name), out, capsys)
 
