@@ -122,7 +122,8 @@ def main() -> None:
         file = Path(folder) / "tokens.safetensors"
         save_file({"input_ids": ids.repeat(args.steps, 1)}, file)
         tokens = PackedTokens(file, seed=0, items=args.steps * args.batch)
-        make_trainer(student, teacher, tokens, recipe, Path(folder), [parts]).train()
+        vocabulary = student.config.vocab_size
+        make_trainer(student, teacher, tokens, recipe, Path(folder), [parts], vocabulary).train()
     # The first step also sets up the optimizer's state.
     median = {name: statistics.median(times[1:]) for name, times in parts.seconds.items()}
     bare = median["teacher"] + median["student"]

@@ -97,13 +97,20 @@ def write_shard(path: Path, ids: Tensor, log_p: Tensor, vocabulary: int) -> None
 class StoredLogits:
     """The rows of a folder of outputs, read from memory maps."""
 
-    def __init__(self, folder: str | Path, tokens: Path, vocabulary: int) -> None:
-        """Raises UserError unless the folder is complete and of this token file."""
+    def __init__(
+        self, folder: str | Path, tokens: Path, vocabulary: int, of_teacher: int | None = None
+    ) -> None:
+        """vocabulary: the tokens that count, the first ones; `of_teacher`: how many it has.
+
+        Raises UserError unless the folder is complete and of this token file.
+        """
+        of_teacher = of_teacher or vocabulary
+        self.vocabulary = vocabulary
         self.folder = Path(folder)
         self.index = read_json(self.folder / "index.json")
-        if self.index["vocabulary"] != vocabulary:
+        if self.index["vocabulary"] != of_teacher:
             raise UserError(
-                f"{folder}: of a vocabulary of {self.index['vocabulary']} tokens, not {vocabulary}"
+                f"{folder}: of a vocabulary of {self.index['vocabulary']} tokens, not {of_teacher}"
             )
         if self.index["tokens_sha256"] != sha256_of(tokens):
             raise UserError(f"{folder}: was not made on {tokens}; make it with m2d teacher-logits")
@@ -125,6 +132,12 @@ class StoredLogits:
         file = self._open[shard]
         ids, log_p = (file.get_slice(key)[place : place + 1][0] for key in ("ids", "log_p"))
         p = np.exp(log_p.astype(np.float32))
+        if self.vocabulary < self.index["vocabulary"]:
+            # What the student does not have: padding, on which a teacher puts next to nothing.
+            outside = ids >= self.vocabulary
+            left = np.where(outside, p, 0).sum(-1, keepdims=True)
+            p = np.where(outside, 0, p) / np.maximum(1 - left, 1e-7)
+            ids = np.where(outside, 0, ids)
         if self.index["kind"] == "sampled":  # shares that add up to 1, also after rounding
             p /= p.sum(-1, keepdims=True)
         return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(p)

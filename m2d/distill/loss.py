@@ -51,6 +51,13 @@ class Head(NamedTuple):
         bias_V = None if self.bias_V is None else self.bias_V.to(device)
         return self._replace(weight_VH=self.weight_VH.to(device), bias_V=bias_V)
 
+    def first(self, vocabulary: int) -> "Head":
+        """The head's logits of the first `vocabulary` tokens alone."""
+        if vocabulary >= len(self.weight_VH):
+            return self
+        bias_V = None if self.bias_V is None else self.bias_V[:vocabulary]
+        return self._replace(weight_VH=self.weight_VH[:vocabulary], bias_V=bias_V)
+
     def products(self, hidden_CH: Tensor) -> Tensor:
         """hidden @ weight.T, [C, V], in the dtype of `hidden_CH`."""
         return torch.mm(hidden_CH, self.weight_VH.to(hidden_CH.dtype).t())

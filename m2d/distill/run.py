@@ -151,8 +151,11 @@ def check_options(args: argparse.Namespace) -> None:
             )
 
 
-def open_outputs(args: argparse.Namespace, vocabulary: int) -> Any:
-    """The stored teacher outputs, or None where the teacher itself is run."""
+def open_outputs(args: argparse.Namespace, vocabulary: int, of_teacher: int) -> Any:
+    """The stored teacher outputs, or None where the teacher itself is run.
+
+    vocabulary: the tokens that teacher and student have in common; `of_teacher`: all of its own.
+    """
     from m2d.distill.logits import StoredLogits
 
     if args.teacher_logits is None:
@@ -164,7 +167,7 @@ def open_outputs(args: argparse.Namespace, vocabulary: int) -> Any:
             "--teacher-logits: the teacher's top-k and dtype were chosen in m2d teacher-logits; "
             "leave --teacher-top-k and --teacher-dtype away"
         )
-    return StoredLogits(args.teacher_logits, args.tokens, vocabulary)
+    return StoredLogits(args.teacher_logits, args.tokens, vocabulary, of_teacher)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -185,6 +188,7 @@ def run(args: argparse.Namespace) -> None:
     from m2d.distill.processes import broadcast, start_processes
     from m2d.models.teacher import dtype_of, locate, pick_dtype, quiet, read_config
     from m2d.tokens.dataset import PackedTokens
+    from m2d.tokens.tokenizers import require_same_tokens
 
     require_absent(args.out)
     check_options(args)
@@ -192,21 +196,18 @@ def run(args: argparse.Namespace) -> None:
     _, student_config = read_config(student_folder)
     _, teacher_config = read_config(teacher_folder)
     vocabularies = [c.get_text_config().vocab_size for c in (student_config, teacher_config)]
-    if vocabularies[0] != vocabularies[1]:
-        raise UserError(
-            f"{args.student}: its vocabulary has {vocabularies[0]} tokens and the teacher's "
-            f"{vocabularies[1]}; the two must share a tokenizer"
-        )
+    vocabulary = min(vocabularies)  # both are padded, and not always alike
+    require_same_tokens(student_folder, teacher_folder)
     if args.teacher_top_k:
         expand_routing(teacher_config, args.teacher_top_k, teacher_folder)
     tokens = PackedTokens(args.tokens, args.seed)
-    stored = open_outputs(args, vocabularies[0])
+    stored = open_outputs(args, vocabulary, vocabularies[1])
     strategy, device = start_processes(args.strategy, args.device)
     recipe = make_recipe(args, strategy, tokens.sequences)
     tokens.items = recipe.steps * recipe.batch
     first = os.environ.get("RANK", "0") == "0"
     if first:
-        tokens.check_vocabulary(vocabularies[0])
+        tokens.check_vocabulary(vocabulary)
 
     from m2d.distill import result, trainer, watch
 
@@ -242,7 +243,9 @@ def run(args: argparse.Namespace) -> None:
             stop,
             end,
         )
-        training = trainer.make_trainer(student, teacher, tokens, recipe, work, [watcher])
+        training = trainer.make_trainer(
+            student, teacher, tokens, recipe, work, [watcher], vocabulary
+        )
         training.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
         if watcher.stopped:
             if first:

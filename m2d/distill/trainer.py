@@ -97,10 +97,15 @@ class StudentLoss(nn.Module):
     output head must be used here and not in the trainer.
     """
 
-    def __init__(self, student: PreTrainedModel, recipe: Recipe) -> None:
+    def __init__(self, student: PreTrainedModel, recipe: Recipe, vocabulary: int) -> None:
+        """vocabulary: the tokens that student and teacher have in common, the first ones of both.
+
+        Both are padded, and not always alike; the distributions are over the common part.
+        """
         super().__init__()
         self.student = student
         self.recipe = recipe
+        self.vocabulary = vocabulary
 
     def forward(
         self,
@@ -108,23 +113,26 @@ class StudentLoss(nn.Module):
         teacher_BLH: Tensor | None = None,
         teacher_head: Head | None = None,
         stored_BLn: tuple[Tensor, Tensor] | None = None,
+        counted_BL: Tensor | None = None,
     ) -> Tensor:
         """Summed loss over the micro-batch, float32 scalar.
 
         The teacher is given by its hidden states and head, or by stored ids and probabilities.
+        counted_BL: the positions that the loss is over; all without it.
         """
-        student_BLH = hidden_states(self.student, input_ids)
+
+        def flat(x: Tensor) -> Tensor:
+            return x.flatten(0, 1) if counted_BL is None else x[counted_BL]
+
+        student_TH = flat(hidden_states(self.student, input_ids))
+        student_head = head_of(self.student).first(self.vocabulary)
         if stored_BLn is not None:
-            ids_Tn, p_Tn = (x.flatten(0, 1) for x in stored_BLn)
-            return stored_loss(student_BLH.flatten(0, 1), head_of(self.student), ids_Tn, p_Tn)
+            ids_Tn, p_Tn = map(flat, stored_BLn)
+            return stored_loss(student_TH, student_head, ids_Tn, p_Tn)
         assert teacher_BLH is not None
         assert teacher_head is not None
-        sides = (
-            student_BLH.flatten(0, 1),
-            head_of(self.student),
-            teacher_BLH.flatten(0, 1),
-            teacher_head,
-        )
+        teacher_head = teacher_head.first(self.vocabulary)
+        sides = (student_TH, student_head, flat(teacher_BLH), teacher_head)
         divergence, temperature = self.recipe.loss, self.recipe.temperature
         if self.recipe.loss_implementation == "liger":
             return liger_loss(
@@ -141,7 +149,7 @@ class StudentLoss(nn.Module):
             *sides,
             divergence=divergence,
             temperature=temperature,
-            labels_T=None if labels is None else labels.flatten(),
+            labels_T=None if labels is None else flat(labels),
             cross_entropy_weight=self.recipe.cross_entropy_weight,
         )
 
@@ -165,6 +173,8 @@ class DistillationTrainer(Trainer):
     ) -> None:
         super().__init__(model, **kwargs)
         self.student_loss = model  # self.model may be wrapped
+        self.tokens: PackedTokens = kwargs["train_dataset"]
+        self.counted_of = (-1, 0)  # a step, and what the loss counts in it
         self.teacher = teacher
         self.teacher_head: Head | None = None
         if not isinstance(teacher, StoredLogits):
@@ -187,14 +197,21 @@ class DistillationTrainer(Trainer):
         if isinstance(self.teacher, StoredLogits):
             rows = [self.teacher[row] for row in inputs["row"].tolist()]
             stored = tuple(torch.stack(column).to(ids.device) for column in zip(*rows, strict=True))
-            loss = model(ids, stored_BLn=stored)
+            loss = model(ids, stored_BLn=stored, counted_BL=inputs.get("counted"))
         else:
             with torch.no_grad():
                 teacher_BLH = hidden_states(self.teacher, ids).to(ids.device)
-            loss = model(ids, teacher_BLH, self.teacher_head)
-        tokens = self.recipe.batch * ids.shape[1]
-        loss = loss / tokens * self.accelerator.num_processes
+            loss = model(ids, teacher_BLH, self.teacher_head, counted_BL=inputs.get("counted"))
+        loss = loss / self.counted_in_step() * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
+
+    def counted_in_step(self) -> int:
+        """The positions that the loss of the present step is over, in all processes."""
+        step, batch = self.state.global_step, self.recipe.batch
+        if self.counted_of[0] != step:
+            found = self.tokens.counted_in(range(step * batch, (step + 1) * batch))
+            self.counted_of = (step, max(found, 1))
+        return self.counted_of[1]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
@@ -318,8 +335,12 @@ def make_trainer(
     recipe: Recipe,
     work: Path,
     callbacks: list[Any],
+    vocabulary: int,
 ) -> DistillationTrainer:
-    """A trainer that is ready to run. `student` is float32, `teacher` in its own dtype."""
+    """A trainer that is ready to run. `student` is float32, `teacher` in its own dtype.
+
+    vocabulary: the tokens that both have, the first ones of each.
+    """
     if not isinstance(teacher, StoredLogits):
         teacher.eval().requires_grad_(False)
         if recipe.compile:
@@ -330,7 +351,7 @@ def make_trainer(
     if recipe.compile:
         student.base_model.compile()
     trainer = DistillationTrainer(
-        model=StudentLoss(student, recipe),
+        model=StudentLoss(student, recipe, vocabulary),
         args=training_arguments(recipe, work, student.device),
         data_collator=collate,
         train_dataset=tokens,

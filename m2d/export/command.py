@@ -73,12 +73,13 @@ def check(
     from m2d.evaluate.perplexity import measure
     from m2d.models.teacher import pick_device
     from m2d.tokens.packed import pack_tokens
+    from m2d.tokens.rows import text_of
     from m2d.tokens.text import read_documents
     from m2d.tokens.tokenize import dataset_documents, load_tokenizer
 
     tokenizer = load_tokenizer(student)
     stream = read_documents(text) if text else dataset_documents(str(dataset))
-    documents = list(islice(stream, 200))
+    documents = [text_of(document) for document in islice(stream, 200)]
     tokens = pack_tokens(documents, tokenizer, length, sequences)
     own = measure(student, tokens, 8, None, pick_device(None))
     threads = torch.get_num_threads()

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from m2d.errors import UserError
 from m2d.tokens.files import open_tokens
 
 
@@ -43,8 +44,14 @@ class PackedTokens(Dataset):
         return self.handle().get_slice("input_ids")
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise a UserError if any token id lies outside [0, vocab_size), or a mask is no mask."""
+        """Raise a UserError if any token id lies outside [0, vocab_size), or a mask is no mask.
+
+        And where the masks leave a loss nothing to count.
+        """
         self.file.check(vocab_size)
+        rows = (self.counted(row) for row in range(self.sequences))
+        if self.masked and not any(kept is not None and kept.any() for kept in rows):
+            raise UserError(f"{self.path}: by its {', '.join(self.file.masks)} no token counts")
 
     def row_of(self, item: int) -> int:
         """The row of the file that item `item` is."""
@@ -64,6 +71,8 @@ class PackedTokens(Dataset):
 
     def counted_in(self, items: range) -> int:
         """How many positions of these items the loss counts."""
+        if not self.masked:
+            return len(items) * self.length
         rows = (self.counted(self.row_of(item)) for item in items)
         return sum(self.length if kept is None else int(kept.sum()) for kept in rows)
 
