@@ -15,10 +15,12 @@ from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.plan import Plan, check_keep, make_plan
 from m2d.choose.scoring import SCORINGS
 from m2d.errors import UserError
+from m2d.models.folded import Folds
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options, positive
 from m2d.progress import say
+from m2d.refit.fold import MODES, collect_folds, fold_record
 from m2d.refit.refit import VARIANTS, WEIGHTINGS, refit_record, write_refitted
 from m2d.refit.refit import refit as refit_student
 from m2d.statistics.gram import GramTotals
@@ -46,6 +48,8 @@ def convert(
     choice: str = CHOICES[0],
     width: int | None = None,
     params: int | None = None,
+    fold: str | None = None,
+    alpha: float = 1.0,
     refit: str | None = None,
     weighting: str = WEIGHTINGS[0],
     text: Sequence[str | Path] | None = None,
@@ -81,6 +85,7 @@ def convert(
     for kind, value, known in (
         ("refit", refit or VARIANTS[0], VARIANTS),
         ("weighting", weighting, WEIGHTINGS),
+        ("fold", fold or MODES[0], MODES),
         ("granularity", granularity, GRANULARITIES),
         ("choice", choice, CHOICES),
     ):
@@ -111,23 +116,28 @@ def convert(
     if refit and len(input_ids) < 2:
         raise UserError("--refit needs at least 2 sequences: some to fit, some to hold out")
     stream = StreamedTeacher(opened, compute_dtype, chosen_device)
+    folds = collect_folds(stream, input_ids, batch, fold, alpha) if fold else None
     if granularity == "neurons":
         neurons = chosen_width(opened, width, params)
-        layers = collect(stream, input_ids, batch, neurons if choice == "greedy" else None)
+        layers = collect(
+            stream, input_ids, batch, neurons if choice == "greedy" else None, folds=folds
+        )
         plan = neuron_plan(layers, neurons, choice)
     else:
-        plan = plan_of_experts(stream, input_ids, batch, keep or opened.top_k, **methods)
+        plan = plan_of_experts(stream, input_ids, batch, keep or opened.top_k, folds, **methods)
     about = {"source": source, "sequences": input_ids.shape[0], "length": input_ids.shape[1]}
     if tokens is not None:
         about["sha256"] = sha256_of(tokens)
-    record = {"calibration": about}
+    record: dict[str, Any] = {"calibration": about}
+    if fold and folds is not None:
+        record["fold"] = fold_record(fold, input_ids, folds)
     disk_dtype = compute_dtype if dtype else None
     if refit is None:
-        return write_student(opened, plan, out, disk_dtype, record)
+        return write_student(opened, plan, out, disk_dtype, record, folds)
     # The merged student is a step on the way; it lies where the result will, on the same disk.
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".m2d-", dir=Path(out).parent) as folder:
-        merged = write_student(opened, plan, Path(folder) / "merged", disk_dtype, record)
+        merged = write_student(opened, plan, Path(folder) / "merged", disk_dtype, record, folds)
         fresh = open_teacher(opened.folder)  # the stream took the other's layers apart
         fresh.name = opened.name
         found = refit_student(
@@ -160,23 +170,24 @@ def plan_of_experts(
     tokens: Tensor,
     batch: int,
     keep: int,
+    folds: Folds | None = None,
     *,
     scoring: str,
     grouping: str,
     scaling: str,
 ) -> Plan:
     """The plan by these methods, from one pass of tokens [S, T]."""
-    layers = collect_statistics(stream, tokens, batch)
+    layers = collect_statistics(stream, tokens, batch, folds)
     rankings = [SCORINGS[scoring](layer) for layer in layers]
     return make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring)
 
 
 def collect_statistics(
-    stream: StreamedTeacher, tokens: Tensor, batch: int
+    stream: StreamedTeacher, tokens: Tensor, batch: int, folds: Folds | None = None
 ) -> list[LayerStatistics]:
     """Both kinds of statistics of every MoE layer, from one pass of tokens [S, T]."""
     teacher = stream.teacher
-    routing, gram = RoutingTotals(teacher), GramTotals()
+    routing, gram = RoutingTotals(teacher), GramTotals(folds)
 
     def visit(*args: Any) -> None:
         routing.visit(*args)

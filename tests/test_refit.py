@@ -15,7 +15,9 @@ import m2d
 from m2d.cli import main
 from m2d.errors import UserError
 from m2d.models.teacher import open_teacher
-from m2d.refit.refit import as_on_disk, held_out_sequences, refit, write_refitted
+from m2d.refit.refit import refit, write_refitted
+from m2d.refit.splits import held_out_sequences
+from m2d.students.rewrite import as_on_disk
 
 TOKENS = torch.randint(0, VOCABULARY, (24, 16), generator=torch.Generator().manual_seed(5))
 OPTIONS = {"dtype": torch.float64, "device": torch.device("cpu"), "batch": 5}

@@ -30,6 +30,7 @@ from m2d.demo.corpus import build_corpus
 from m2d.distill.loss import Head, LossOfRows, apply_head, cross_entropy
 from m2d.errors import UserError
 from m2d.progress import say
+from m2d.refit.muon import Muon
 
 VOCABULARY = 4096
 SEQUENCE = 512  # T
@@ -185,45 +186,6 @@ def watch_routers(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tens
 # --- the optimiser --------------------------------------------------------------------
 
 
-def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Roughly the nearest semi-orthogonal matrices, by 5 Newton-Schulz steps: [..., rows, columns].
-
-    Source: Jordan et al. 2024, Muon (the quintic iteration and its coefficients).
-    """
-    x = matrices.bfloat16()
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if wide else x.mT
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon for stacks of matrices; torch's own takes single matrices only, and experts are stacks.
-
-    The update's root mean square is that of an Adam step (Liu et al. 2025), so that both optimisers
-    share the learning rate and weight decay. `halves` in a group says that two matrices lie one
-    above the other (gate and up).
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "halves": 1})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                direction = p.grad.lerp(momentum, 0.95)  # Nesterov
-                rows = p.shape[-2] // group["halves"]
-                stack = direction.view(-1, rows, p.shape[-1])
-                update = orthogonalise(stack).view(p.shape) * 0.2 * max(stack.shape[-2:]) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-
-
 def make_optimisers(
     model: PreTrainedModel, learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
@@ -239,9 +201,8 @@ def make_optimisers(
             matrices.append(p)
         else:
             (others if p.ndim >= 2 else vectors).append(p)
-    muon = Muon(
-        [{"params": gate_up, "halves": 2}, {"params": matrices}], learning_rate, weight_decay
-    )
+    groups: list[dict[str, Any]] = [{"params": gate_up, "halves": 2}, {"params": matrices}]
+    muon = Muon(groups, learning_rate, weight_decay, torch.bfloat16)
     adam_groups: list[dict[str, Any]] = [
         {"params": others},
         {"params": vectors, "weight_decay": 0.0},

@@ -6,8 +6,6 @@ Shapes: B sequences of T tokens, N = B T, H hidden size, W the student's interme
 """
 
 import argparse
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m2d import __version__
-from m2d.artifacts import atomic_path, read_json, require_absent, sha256_of
+from m2d.artifacts import require_absent, sha256_of
 from m2d.errors import UserError
-from m2d.models.checkpoint import Checkpoint, shard_files, write_checkpoint
-from m2d.models.entries import read_entry, read_header
+from m2d.models.checkpoint import Checkpoint, shard_files
 from m2d.models.families import Family
 from m2d.models.teacher import Teacher, locate, open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options
@@ -36,14 +32,12 @@ from m2d.refit.halves import (
     run_halves,
 )
 from m2d.refit.ridge import RIDGES, Moments, refit_down, squared_error
-from m2d.students.card import model_card
+from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
+from m2d.students.rewrite import FeedForward, rewrite_student
 from m2d.tokens.files import read_tokens
 
 VARIANTS = ("layer", "sequential")
 WEIGHTINGS = ("equal", "relative")
-HELD_OUT_EVERY = 8  # every 8th sequence chooses the ridge
-WRITTEN_ANEW = ("README.md", "m2d.json", "metrics.jsonl")
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -124,10 +118,10 @@ def refit(
             continue
         ours = target.load(index)
         feed_forward = StudentFeedForward(ours, teacher.family)
-        fitting = _Fitting(feed_forward, held_out)
+        fitting = Fitting(feed_forward, held_out)
         kept: list[Halves] = []
         for i in range(len(source.hidden)):
-            expected = _teacher_half(source, theirs, index, i, check=not reports)
+            expected = teacher_half(source, theirs, index, i, check=not reports)
             root = token_weights(source.hidden[i]).sqrt() if weighting == "relative" else None
             if variant == "sequential":
                 call = target.call(index, i)
@@ -153,9 +147,7 @@ def refit(
     return Refitted(rows, reports)
 
 
-def _teacher_half(
-    source: SteppedModel, layer: nn.Module, index: int, i: int, check: bool
-) -> Halves:
+def teacher_half(source: SteppedModel, layer: nn.Module, index: int, i: int, check: bool) -> Halves:
     """Halves of the teacher's layer on batch i, whose hidden states then have passed the layer."""
     block = layer.get_submodule(block_path(source.teacher.family))
     call = source.call(index, i)
@@ -177,13 +169,7 @@ def token_weights(stream: Tensor) -> Tensor:
     return weights / weights.mean()
 
 
-def held_out_sequences(sequences: int, every: int) -> Tensor:
-    """Which sequences are held out, bool [sequences]: every n-th, at least one, never all."""
-    step = min(every, sequences)
-    return torch.arange(sequences) % step == step - 1
-
-
-class _Fitting:
+class Fitting:
     """Moments of one layer, batch by batch, apart for the held-out sequences."""
 
     def __init__(self, feed_forward: StudentFeedForward, held_out: Sequence[Tensor]):
@@ -228,26 +214,11 @@ def student_dtype(student: Teacher) -> torch.dtype:
     return student.dtype
 
 
-def down_names(checkpoint: Checkpoint, family: Family, layer: int) -> dict[str, str]:
-    """Names on disk of a layer's down projection ("weight") and its bias ("bias")."""
-    fields = {"layer": layer, "expert": 0}
-    template = family.down_proj if family.one_expert else family.dense_down_proj
-    names = {}
-    for part in ("weight", "bias"):
-        canonical = template.format(**fields).removesuffix("weight") + part
-        if canonical not in checkpoint:
-            continue
-        fused = canonical.replace(".0.down_proj.", ".down_proj.")
-        fused = fused.removesuffix(f".{part}") + ("_bias" if part == "bias" else "")
-        name = fused if family.one_expert and checkpoint.fused else canonical
-        names[part] = checkpoint.on_disk.get(name, name)
-    return names
-
-
-def as_on_disk(value: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
-    """A down projection [H, W] or bias [H] in the form [H, W], [1, H, W] or [1, W, H] on disk."""
-    value = value.T if transposed and value.ndim == 2 and len(shape) == 3 else value
-    return value.reshape(shape).contiguous()
+def down_parts(rows: Tensor, biases: bool) -> dict[str, Tensor]:
+    """A down projection's tensors of its rows [W (+ 1), H], the last one a bias if there is one."""
+    if biases:
+        return {"down_proj.weight": rows[:-1].T, "down_proj.bias": rows[-1]}
+    return {"down_proj.weight": rows.T}
 
 
 def write_refitted(
@@ -257,38 +228,13 @@ def write_refitted(
 
     record: the "refit" section of m2d.json.
     """
-    require_absent(out)
     checkpoint = Checkpoint(student_folder)
-    entries = {}
-    for file in shard_files(student_folder):
-        entries.update(read_header(file)[0])
-    changed: dict[str, Tensor] = {}
+    template = family.down_proj if family.one_expert else family.dense_down_proj
+    layers: dict[int, FeedForward] = {}
     for layer, rows in found.rows.items():
-        names = down_names(checkpoint, family, layer)
-        parts = {"weight": rows[:-1].T, "bias": rows[-1]} if "bias" in names else {"weight": rows.T}
-        changed |= {names[part]: value for part, value in parts.items()}
-
-    def tensor(name: str) -> Tensor:
-        entry = entries[name]
-        if name not in changed:
-            return read_entry(entry, name)
-        value = as_on_disk(changed[name], entry.shape, family.transposed)
-        return value.to("cpu", entry.dtype)
-
-    own = student_folder / "m2d.json"
-    about = {**(read_json(own) if own.is_file() else {}), "m2d_version": __version__}
-    about["refit"] = record
-    with atomic_path(out) as folder:
-        folder.mkdir()
-        write_checkpoint(folder, {n: (e.dtype, e.shape) for n, e in entries.items()}, tensor)
-        for file in sorted(student_folder.iterdir()):
-            anew = file.name in WRITTEN_ANEW or file.name.endswith(WEIGHTS)
-            if file.is_file() and not anew:
-                shutil.copyfile(file, folder / file.name)
-        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-        (folder / "m2d.json").write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(model_card(about), encoding="utf-8")
-    return Path(out)
+        name = template.format(layer=layer, expert=0).removesuffix("weight") + "bias"
+        layers[layer] = down_parts(rows, name in checkpoint)
+    return rewrite_student(student_folder, out, family, layers, {"refit": record})
 
 
 def refit_record(

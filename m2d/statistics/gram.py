@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from m2d.choose.layer_statistics import GramStatistics
 from m2d.memory import free_memory
 from m2d.models.experts import TILE, StackedExperts
+from m2d.models.folded import Folds
 from m2d.models.routers import router_gram
 from m2d.statistics.routing import add_statistics_options, collect
 from m2d.statistics.shards import LayerSums, gram_statistics
@@ -80,9 +81,14 @@ def routed_output(outputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 
 class GramTotals:
-    """Adds up Gram statistics by layer; its `visit` goes to StreamedTeacher.run."""
+    """Adds up Gram statistics by layer; its `visit` goes to StreamedTeacher.run.
 
-    def __init__(self) -> None:
+    With `folds`, f_e are the folded experts' outputs; y stays the teacher's.
+    """
+
+    def __init__(self, folds: Folds | None = None) -> None:
+        self.folds = folds or {}
+        self.folded: tuple[int, StackedExperts] | None = None
         self.layers: dict[int, LayerSums] = {}  # inner_products [E + 1, E + 1]: experts, then y
         # [E + 1, N H], reused: fresh memory for every chunk would cost a third of the time.
         self.buffer = torch.empty(0)
@@ -101,6 +107,10 @@ class GramTotals:
             own = {"weight_gram": weight_gram(experts), "router_gram": router_gram(router)}
             same = {name: value.cpu().numpy() for name, value in own.items()}
             self.layers[layer] = LayerSums(same=same)
+        if self.folded is None or self.folded[0] != layer:
+            fold = self.folds.get(layer)
+            self.folded = (layer, experts if fold is None else fold.experts(experts))
+        folded = self.folded[1]
         count, size = experts.num_experts + 1, hidden.shape[1]
         chunks = even_chunks(
             len(hidden), chunk_tokens(count * size * hidden.element_size(), hidden)
@@ -113,6 +123,8 @@ class GramTotals:
             outputs = self.buffer[:, : tokens * size]
             every_expert(experts, hidden[rows], outputs)
             outputs[-1] = routed_output(outputs, index[rows], weights[rows]).flatten()
+            if folded is not experts:
+                every_expert(folded, hidden[rows], outputs)
             products = inner_products(outputs).cpu().numpy()
             self.layers[layer].add(
                 {"inner_products": products, "n_tokens": np.array(float(tokens))}

@@ -10,6 +10,7 @@ Shapes: N tokens, E experts, I expert intermediate size, H hidden size.
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from m2d.choose.neuron_statistics import CHOICES, NeuronStatistics
 from m2d.choose.neurons import Neurons, check_width, contribution, greedy_neurons, top_neurons
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
+from m2d.models.folded import Folds
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options, positive
@@ -92,12 +94,14 @@ class NeuronTotals:
 class CandidateMoments:
     """Adds up h'h and h'y over candidate neurons on every token; `visit` as above.
 
-    The activations are unrouted ones, as a dense student has them; y is the routed output.
+    The activations are unrouted ones, as a dense student has them, of folded experts where there
+    are `folds`; y is the routed output.
     """
 
-    def __init__(self, candidates: Mapping[int, Neurons]):
-        self.candidates = candidates
+    def __init__(self, candidates: Mapping[int, Neurons], folds: Folds | None = None):
+        self.candidates, self.folds = candidates, folds or {}
         self.moments: dict[int, Moments] = {}
+        self.folded: tuple[int, StackedExperts] | None = None
 
     def visit(
         self,
@@ -112,6 +116,10 @@ class CandidateMoments:
         chosen = torch.from_numpy(self.candidates[layer]).to(hidden.device)
         if layer not in self.moments:
             self.moments[layer] = Moments.zero(len(chosen), hidden.shape[1], hidden.device)
+        if self.folded is None or self.folded[0] != layer:
+            fold = self.folds.get(layer)
+            self.folded = (layer, experts if fold is None else fold.experts(experts))
+        folded = self.folded[1]
         columns = hidden.new_empty(len(hidden), len(chosen), dtype=torch.float32)
         target = hidden.new_zeros(*hidden.shape, dtype=torch.float32)
         for expert in range(experts.num_experts):
@@ -120,7 +128,8 @@ class CandidateMoments:
             if not len(mine) and not len(rows):
                 continue
             inner = experts.inner(expert, hidden)
-            columns[:, mine] = inner[:, chosen[mine, 1]].float()
+            own = inner if folded is experts else folded.inner(expert, hidden)
+            columns[:, mine] = own[:, chosen[mine, 1]].float()
             bias = None if experts.down_bias is None else experts.down_bias[expert]
             out = nn.functional.linear(inner[rows], experts.down_proj[expert], bias)
             target.index_add_(0, rows, out.float() * weights[rows, place].float()[:, None])
@@ -133,11 +142,13 @@ def collect(
     batch: int,
     greedy: int | None = None,
     candidates: int | None = None,
+    folds: Folds | None = None,
 ) -> list[NeuronStatistics]:
     """Neuron statistics of every MoE layer, from tokens [S, T].
 
     greedy: also order so many neurons by greedy regression, among the `candidates` of the highest
-    contribution (default: four times as many, or all). Raises UserError where there are not enough.
+    contribution (default: four times as many, or all). folds: the experts are folded so; then
+    mean_weight is the scale that suits folded experts. Raises UserError where there are not enough.
     """
     teacher = stream.teacher
     totals = NeuronTotals()
@@ -147,10 +158,13 @@ def collect(
             check_width(width, available)
     stream.run(tokens, batch, totals.visit, "neurons, layers")
     layers = totals.result()
+    for i, fold in (folds or {}).items():
+        if fold.folds:
+            layers[i] = replace(layers[i], mean_weight=fold.scale.double().numpy())
     if greedy is not None:
         count = min(candidates or CANDIDATES_PER_NEURON * greedy, available)
         chosen = {i: top_neurons(score_of(layer), count) for i, layer in layers.items()}
-        second = CandidateMoments(chosen)
+        second = CandidateMoments(chosen, folds)
         stream.run(tokens, batch, second.visit, "neurons in greedy order, layers")
         for i, layer in layers.items():
             layers[i] = _ordered(layer, chosen[i], second.moments.pop(i), greedy)
@@ -168,15 +182,7 @@ def _ordered(
     arrays = (moments.hth.cpu().numpy(), moments.hty.cpu().numpy())
     neurons, gains = greedy_neurons(candidates, *arrays, count)
     share = gains / float(moments.yty)
-    return NeuronStatistics(
-        layer.layer,
-        layer.n_tokens,
-        layer.weighted_square_sum,
-        layer.down_square_norm,
-        layer.mean_weight,
-        neurons,
-        share,
-    )
+    return replace(layer, greedy=neurons, greedy_gain=share)
 
 
 def write_neurons(

@@ -54,6 +54,8 @@ def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None =
       student that was made of experts
     - `calibration`: {`source`, `sequences`, `length`}
     - `refit`: {`variant`}; absent for a student whose down projections were not solved anew
+    - `fold`: {`layers`: [{`choice`, `r2_before`, `r2_after`}]}; absent where nothing was folded
+    - `align`: {`steps`, `tokens`, `layers`: [{`before`, `after`}]}; absent where it was not done
     - `distillation`: {`source`, `tokens`, `steps`, `learning_rate`, `teacher_top_k`}; absent for
       a student that was not distilled
     - `dtype`, `m2d_version`
@@ -74,7 +76,9 @@ def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None =
         _plan(_section(provenance, "plan"))
         + _sizes(baseline)
         + _calibration(_section(provenance, "calibration"))
+        + _fold(_section(provenance, "fold"))
         + _refit(_section(provenance, "refit"))
+        + _align(_section(provenance, "align"))
         + _distillation(distillation),
         _scores(scores),
         _loading(provenance.get("dtype")),
@@ -191,6 +195,32 @@ def _refit(refit: dict[str, Any]) -> str:
         return ""
     inputs = "the student's" if refit.get("variant") == "sequential" else "the teacher's"
     return f"- Refit: the down projections by ridge regression, on {inputs} own activations.\n"
+
+
+def _fold(fold: dict[str, Any]) -> str:
+    layers = fold.get("layers") or []
+    if not layers:
+        return ""
+    folded = sum(layer["choice"] != "none" for layer in layers)
+    before, after = (sum(x[key] for x in layers) / len(layers) for key in ("r2_before", "r2_after"))
+    return (
+        f"- Folded: the router's rows into the gate projections of {folded} of {len(layers)} "
+        "layers. On held-out tokens a neuron with a constant scale reproduces "
+        f"{after:.0%} of what it gives under the router, {before:.0%} unfolded.\n"
+    )
+
+
+def _align(align: dict[str, Any]) -> str:
+    layers = align.get("layers") or []
+    if not layers:
+        return ""
+    return (
+        "- Aligned: the feed-forward network of every layer was trained for "
+        f"{align['steps']:,} steps of {align['tokens']:,} tokens to bring the student's residual "
+        f"stream to the teacher's. After the last layer its squared error is "
+        f"{layers[-1]['after']:.3f} of the stream's on held-out tokens "
+        f"({layers[-1]['before']:.3f} untrained).\n"
+    )
 
 
 def _distillation(distillation: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from m2d.choose.plan import Plan, check_keep, make_plan, plan_from_dict
 from m2d.choose.ranking import rankings_from_dict
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Content, Spec, write_checkpoint
+from m2d.models.folded import Folds
 from m2d.models.teacher import Teacher, count_parameters, open_teacher, pick_dtype
 from m2d.options import DTYPES, positive
 from m2d.progress import progress, say
@@ -55,6 +56,7 @@ def write_student(
     out: str | Path,
     dtype: torch.dtype | None = None,
     provenance: dict[str, Any] | None = None,
+    folds: Folds | None = None,
 ) -> Path:
     """Write the student's folder: weights, config, tokenizer, plan.json, m2d.json, model card.
 
@@ -72,6 +74,7 @@ def write_student(
         stored_shapes(skeleton),
         dtype,
         hub_names=True,
+        folds=folds,
     )
     specs = tensors.specs(plan)
     record = describe(teacher, plan, skeleton, raw.get("dtype", raw.get("torch_dtype")))

@@ -20,6 +20,7 @@ from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.entries import Entry
 from m2d.models.families import Family, Of, dense_pattern
+from m2d.models.folded import Folds
 from m2d.models.teacher import Teacher, make_skeleton
 
 # Of a teacher's config.json, never a student's: custom code, paths, how the weights were packed.
@@ -170,8 +171,9 @@ class StudentTensors:
     """Every tensor of the student, made on request from the teacher's checkpoint and the plan.
 
     `shapes` are those of the student's stock class, by name; `read` may be replaced by one that
-    keeps tensors in memory. Names are those of the class's parameters or, with `hub_names`, those
-    under which the teacher's own repository keeps what is in the student's files.
+    keeps tensors in memory; `folds` fold the experts' gates. Names are those of the class's
+    parameters or, with `hub_names`, those under which the teacher's own repository keeps what is in
+    the student's files.
     """
 
     def __init__(
@@ -182,7 +184,9 @@ class StudentTensors:
         dtype: torch.dtype | None = None,
         read: Callable[[str], Tensor] | None = None,
         hub_names: bool = False,
+        folds: Folds | None = None,
     ):
+        self.folds = {i: fold for i, fold in (folds or {}).items() if fold.folds}
         self.family, self.checkpoint, self.shapes, self.dtype = family, checkpoint, shapes, dtype
         self.read = read or checkpoint.read
         self.is_feed_forward = dense_pattern(family).fullmatch
@@ -269,6 +273,8 @@ class StudentTensors:
         layer = next((found for found in plan.layers if found.layer == output.layer), None)
         sources = [output.source]
         if layer is not None:
+            if layer.layer in self.folds and output.part.startswith("gate"):
+                return None
             alone = all(len(g.experts) == 1 and g.neurons is None for g in layer.groups)
             if not alone or output.part not in ("gate_proj", "up_proj") or self.family.one_expert:
                 return None
@@ -323,7 +329,11 @@ class StudentTensors:
         def read(expert: int) -> Tensor:
             tensor = self.read(self._of_expert(layer.layer, expert, part))
             wider = self.dtype is not None and self.dtype.itemsize > tensor.dtype.itemsize
-            return tensor.to(self.dtype) if wider else tensor  # so that nothing is rounded twice
+            tensor = tensor.to(self.dtype) if wider else tensor  # so that nothing is rounded twice
+            fold = self.folds.get(layer.layer)
+            if fold is None or not part.startswith("gate_proj"):
+                return tensor
+            return (fold.gate_bias if part.endswith("bias") else fold.gate)(expert, tensor)
 
         weight = self.family.one_expert_weight
         if part == "down_proj.bias":

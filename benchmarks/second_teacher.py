@@ -1,0 +1,115 @@
+"""Train a small DeepSeek-V2 on the demo corpus, with AdamW: the second teacher of docs/beyond.md.
+
+Unlike the demo teacher it has a dense first layer, a shared expert, routing weights that are not
+renormalised, latent attention, and an optimiser that is not Muon. Half an hour on one core.
+
+    python benchmarks/second_teacher.py CORPUS TOKENIZER_FOLDER OUT
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedModel
+
+from m2d.demo.teacher import (
+    balance_loss,
+    batches,
+    encode,
+    language_model_loss,
+    load_tokenizer,
+    save_teacher,
+    schedule,
+    watch_routers,
+)
+
+
+def config(vocabulary: int, end: int) -> DeepseekV2Config:
+    return DeepseekV2Config(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=64,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        head_dim=16,
+        v_head_dim=32,
+        first_k_dense_replace=1,
+        intermediate_size=240,
+        moe_intermediate_size=48,
+        n_routed_experts=32,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.0,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+
+
+def step(
+    model: PreTrainedModel,
+    optimiser: torch.optim.Optimizer,
+    routers: list[tuple[torch.Tensor, torch.Tensor]],
+    tokens: torch.Tensor,
+) -> float:
+    routers.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = language_model_loss(model, tokens)
+    unbalance = sum(balance_loss(*router) for router in routers)
+    (loss + 0.02 * unbalance).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path, help="from m2d demo corpus")
+    parser.add_argument("tokenizer", type=Path, help="the demo teacher's folder")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    args = parser.parse_args()
+    tokenizer = load_tokenizer(args.tokenizer)
+    lines = (args.corpus / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    documents = encode(tokenizer, [json.loads(line)["text"] for line in lines])
+    torch.manual_seed(0)
+    own = config(len(tokenizer), tokenizer.eos_token_id)
+    model = DeepseekV2ForCausalLM._from_config(own, experts_implementation="grouped_mm").train()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gate.weight"):  # the class begins with zeros, which rank no experts
+            torch.nn.init.normal_(parameter, std=own.initializer_range)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    routers = watch_routers(model)
+    start, mean = time.process_time(), 0.0
+    halves = (half for tokens in batches(documents, 0, 0) for half in tokens.chunk(2))
+    for number, tokens in enumerate(halves):
+        if number == args.steps:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = args.learning_rate * schedule(number, args.steps)
+        loss = step(model, optimiser, routers, tokens)
+        mean = loss if number == 0 else 0.95 * mean + 0.05 * loss
+        if number % 20 == 19:
+            spent = time.process_time() - start
+            print(f"step {number + 1}/{args.steps}, loss {mean:.3f}, {spent:.0f} s", flush=True)
+    save_teacher(model, tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()

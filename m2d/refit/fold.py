@@ -1,0 +1,297 @@
+"""Fold the router into the experts' gate rows, by how much that helps on held-out tokens.
+
+One pass of calibration tokens through the teacher. For every neuron, t = w_e h_j is what it gives
+in the teacher (0 where its expert is not selected), and f what the folded neuron gives on every
+token. Whatever alpha is, the best constant scale and the error that it leaves follow from the sums
+of t f, f f and t t. Shapes: N tokens, E routed experts, I an expert's intermediate size, H hidden
+size, C candidates.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from m2d.errors import UserError
+from m2d.models.experts import StackedExperts
+from m2d.models.folded import FoldReport, LayerFold, write_folds
+from m2d.models.stream import StreamedTeacher
+from m2d.models.teacher import open_teacher, pick_device, pick_dtype
+from m2d.options import add_compute_options
+from m2d.progress import say
+from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
+from m2d.statistics.routing import provenance
+from m2d.tokens.files import read_tokens
+
+ALPHAS = (0.5, 1.0, 1.5, 2.0, 3.0)
+SHIFTS = (0.0, -1.0, -2.0)  # of the gate's bias, in families that have one
+LEAST_GAIN = 1e-3  # of a layer's R2; less is noise
+MODES = ("fixed", "layer", "neuron")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to fold: gate row + alpha (router row - mean row, if centred), bias + shift."""
+
+    alpha: float
+    shift: float = 0.0
+    centred: bool = True
+
+
+UNFOLDED = Candidate(0.0)
+
+
+def candidates_for(mode: str, alpha: float, kind: str, biases: bool) -> list[Candidate]:
+    """The unfolded neuron first, then what is tried.
+
+    A softmax does not change when all logits move together, so only differences from the mean can
+    matter; a sigmoid's logits mean something by themselves, and both are tried.
+    """
+    alphas = (alpha,) if mode == "fixed" else ALPHAS
+    shifts = SHIFTS if biases and mode != "fixed" else (0.0,)
+    centred = (True, False) if kind == "sigmoid" else (True,)
+    return [UNFOLDED] + [Candidate(a, s, c) for c in centred for a in alphas for s in shifts if a]
+
+
+@dataclass
+class FoldSums:
+    """Sums over tokens, float64: tt [E, I]; tf and ff [C, E, I]."""
+
+    tt: Tensor
+    tf: Tensor
+    ff: Tensor
+
+    @classmethod
+    def zero(cls, candidates: int, experts: int, width: int, device: torch.device) -> "FoldSums":
+        """The sums of no token at all."""
+        shape = (candidates, experts, width)
+        tf, ff = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
+        return cls(torch.zeros(shape[1:], dtype=torch.float64, device=device), tf, ff)
+
+    def add(self, expert: int, target: Tensor, found: Sequence[Tensor]) -> None:
+        """Add tokens of one expert: t [N, I], and each candidate's f [N, I]."""
+        self.tt[expert] += target.square().sum(0)
+        for i, f in enumerate(found):
+            self.tf[i, expert] += (target * f).sum(0)
+            self.ff[i, expert] += f.square().sum(0)
+
+    def scales(self) -> Tensor:
+        """[C, E, I]: the constant by which f comes nearest to t; 0 where f is."""
+        return torch.where(self.ff > 0, self.tf / self.ff.clamp_min(1e-300), 0.0)
+
+    def errors(self, scales: Tensor) -> Tensor:
+        """[C, E, I]: sum of (t - s f)^2."""
+        return self.tt - 2 * scales * self.tf + scales.square() * self.ff
+
+
+class FoldTotals:
+    """Chooses each layer's fold; its `visit` goes to StreamedTeacher.run.
+
+    held_out: bool [S], sequences of `length` tokens that judge what the others chose.
+    """
+
+    def __init__(
+        self, held_out: Tensor, length: int, mode: str, alpha: float, kind: str, float32: bool
+    ):
+        if mode not in MODES:
+            raise UserError(f"unknown fold {mode!r}; known: {', '.join(MODES)}")
+        self.held_out = held_out.repeat_interleave(length)
+        self.mode, self.alpha, self.kind, self.float32 = mode, alpha, kind, float32
+        self.folds: dict[int, LayerFold] = {}
+        self.parts: tuple[FoldSums, FoldSums] | None = None  # to fit, held out
+        self.seen = 0
+
+    def visit(
+        self,
+        layer: int,
+        router: nn.Module,
+        experts: StackedExperts,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        norms: Tensor,
+    ) -> None:
+        biases = experts.gate_up_bias is not None
+        candidates = candidates_for(self.mode, self.alpha, self.kind, biases)
+        count, width = experts.num_experts, experts.down_proj.shape[2]
+        if self.parts is None:
+            sizes = (len(candidates), count, width, hidden.device)
+            self.parts = (FoldSums.zero(*sizes), FoldSums.zero(*sizes))
+        held_out = self.held_out[self.seen : self.seen + len(hidden)].to(hidden.device)
+        routes = [router_directions(router, centred) for centred in (True, False)]
+        shares = [functional.linear(hidden.float(), rows, offset) for rows, offset in routes]
+        dense = hidden.new_zeros(len(hidden), count, dtype=torch.float32)
+        dense.scatter_(1, index, weights.float())
+        for expert in range(count):
+            bias = None if experts.gate_up_bias is None else experts.gate_up_bias[expert]
+            gate_up = functional.linear(hidden, experts.gate_up_proj[expert], bias).float()
+            found = []
+            for candidate in candidates:
+                moved = gate_up.clone()
+                share = shares[0 if candidate.centred else 1][:, expert, None]
+                moved[:, :width] += candidate.alpha * share + candidate.shift
+                found.append(experts.glu(moved))
+            target = found[0] * dense[:, expert, None]
+            for part, chosen in zip(self.parts, (~held_out, held_out), strict=True):
+                part.add(expert, target[chosen], [f[chosen] for f in found])
+        self.seen += len(hidden)
+        if self.seen == len(self.held_out):  # the layer is through
+            energy = experts.down_proj[:count].float().square().sum(1)
+            fit, judge = self.parts
+            fold = choose_fold(layer, self.mode, candidates, fit, judge, energy.double())
+            rows, offset = (part.cpu() for part in routes[0 if fold.report.centred else 1])
+            self.folds[layer] = LayerFold(
+                fold.report, fold.alpha.cpu().float(), rows, offset,
+                fold.shift.cpu().float(), fold.scale.cpu().float(),
+            )  # fmt: skip
+            self.parts, self.seen = None, 0
+            say(describe(fold.report))
+
+
+def router_directions(router: nn.Module, centred: bool) -> tuple[Tensor, Tensor]:
+    """a_e [E, H] and the same of the router's bias [E], float32."""
+    rows = cast(Tensor, router.weight).detach().float()
+    bias = getattr(router, "bias", None)
+    offset = rows.new_zeros(len(rows)) if bias is None else bias.detach().float()
+    return (rows - rows.mean(0), offset - offset.mean()) if centred else (rows, offset)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layer's fold but for the router's rows: alpha and shift [E, I], scale [E]."""
+
+    report: FoldReport
+    alpha: Tensor
+    shift: Tensor
+    scale: Tensor
+
+
+def choose_fold(
+    layer: int,
+    mode: str,
+    candidates: Sequence[Candidate],
+    fit: FoldSums,
+    judge: FoldSums,
+    energy: Tensor,
+) -> Choice:
+    """The fold that `fit` finds best, or none at all where `judge`, the held-out tokens, gains
+    nothing.
+
+    mode: "fixed" takes the one alpha tried; "layer" one candidate for all neurons; "neuron" one for
+    each, if that too is better than one for all. energy [E, I]: ||d_ej||^2 of the down columns.
+    """
+    scales = fit.scales()
+    fitted, judged = energy * fit.errors(scales), energy * judge.errors(scales)
+    total = float((energy * judge.tt).sum())
+
+    def r2(chosen: Tensor) -> float:
+        return 1 - float(judged.gather(0, chosen[None]).sum()) / total if total > 0 else 0.0
+
+    nothing = torch.zeros_like(fit.tt, dtype=torch.long)
+    best, kind, before = nothing, "none", r2(nothing)
+    after, centred = before, True
+    for way in (True, False):
+        own = [i for i, c in enumerate(candidates) if i and c.centred == way]
+        if not own:
+            continue
+        one = min(own, key=lambda i: float(fitted[i].sum()))
+        options = [("fixed" if mode == "fixed" else "layer", nothing + one)]
+        if mode == "neuron":
+            subset = torch.tensor([0, *own], device=fitted.device)
+            options.append(("neuron", subset[fitted[subset].argmin(0)]))
+        for name, chosen in options:
+            gained = r2(chosen)
+            if gained > after + LEAST_GAIN:
+                best, kind, after, centred = chosen, name, gained, way
+    table = torch.tensor(
+        [(c.alpha, c.shift) for c in candidates], dtype=torch.float64, device=energy.device
+    )
+    alpha, shift = table[best].unbind(-1)
+    tf, ff = (sums.gather(0, best[None])[0] * energy for sums in (fit.tf, fit.ff))
+    scale = tf.sum(1) / ff.sum(1).clamp_min(1e-300)
+    weight = energy * fit.tt
+    mean = float((alpha * weight).sum() / weight.sum().clamp_min(1e-300))
+    report = FoldReport(layer, kind, centred, mean, before, after)
+    return Choice(report, alpha, shift, scale)
+
+
+def collect_folds(
+    stream: StreamedTeacher,
+    tokens: Tensor,
+    batch: int,
+    mode: str = "fixed",
+    alpha: float = 1.0,
+    held_out_every: int = HELD_OUT_EVERY,
+) -> dict[int, LayerFold]:
+    """The fold of every MoE layer, from tokens [S, T]; every n-th sequence is held out.
+
+    mode: "fixed" takes `alpha` everywhere, "layer" and "neuron" fit it. Layers that gain nothing on
+    the held-out tokens are left as they are. Raises UserError for fewer than 2 sequences.
+    """
+    if len(tokens) < 2:
+        raise UserError("folding needs at least 2 sequences: some to fit, some to hold out")
+    family = stream.teacher.family
+    held_out = held_out_sequences(len(tokens), held_out_every)
+    totals = FoldTotals(
+        held_out, tokens.shape[1], mode, alpha, family.probabilities, family.router_float32
+    )
+    stream.run(tokens, batch, totals.visit, "folding, layers")
+    return totals.folds
+
+
+def describe(report: FoldReport) -> str:
+    """One line on a layer."""
+    if report.choice == "none":
+        return f"layer {report.layer}: R2 {report.r2_before:.3f}, left as it is"
+    return (
+        f"layer {report.layer}: R2 {report.r2_before:.3f} -> {report.r2_after:.3f}, "
+        f"alpha {report.alpha:.2f} ({report.choice})"
+    )
+
+
+def fold_record(mode: str, tokens: Tensor, folds: dict[int, LayerFold]) -> dict[str, Any]:
+    """What m2d.json says of a fold."""
+    from m2d.models.folded import reports
+
+    return {
+        "mode": mode,
+        "sequences": tokens.shape[0],
+        "length": tokens.shape[1],
+        "layers": reports(folds),
+    }
+
+
+def add_mode_options(parser: argparse.ArgumentParser) -> None:
+    """--mode and --alpha."""
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default=MODES[0],
+        help="fixed: --alpha in every layer; layer, neuron: fitted on the tokens (%(default)s)",
+    )
+    parser.add_argument("--alpha", type=float, default=1.0, help="for --mode fixed (%(default)s)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help="folder or hub id")
+    parser.add_argument("out", type=Path, help="the file to write, .safetensors")
+    parser.add_argument("--tokens", required=True, help="token file from m2d tokenize")
+    add_mode_options(parser)
+    add_compute_options(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    teacher = open_teacher(args.teacher)
+    tokens = read_tokens(args.tokens, teacher.config.vocab_size)
+    dtype = pick_dtype(args.dtype, teacher.dtype)
+    stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
+    folds = collect_folds(stream, tokens, args.batch, args.mode, args.alpha)
+    about = provenance(teacher, args.tokens, dtype)
+    record = {"mode": args.mode, "sequences": tokens.shape[0], "length": tokens.shape[1]}
+    write_folds(args.out, folds, {**about, **record})
+    say(f"{args.out}: {len(folds)} layers, {tokens.numel()} tokens")

@@ -1,0 +1,101 @@
+"""A student's folder anew with other FFN weights: everything else is copied.
+
+Shapes: W the student's intermediate size, H hidden size.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2d import __version__
+from m2d.artifacts import atomic_path, read_json, require_absent
+from m2d.models.checkpoint import Checkpoint, shard_files, write_checkpoint
+from m2d.models.entries import read_entry, read_header
+from m2d.models.families import Family
+from m2d.students.card import model_card
+
+WRITTEN_ANEW = ("README.md", "m2d.json", "metrics.jsonl")
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+
+FeedForward = Mapping[str, Tensor]
+"""Tensors of one FFN: gate_proj.weight and up_proj.weight [W, H], down_proj.weight [H, W], their
+biases (gate_proj.bias and so on). Gate and up go together; either they or the down projection may
+be missing.
+"""
+
+
+def on_disk(
+    checkpoint: Checkpoint, family: Family, layer: int, parts: FeedForward
+) -> dict[str, Tensor]:
+    """The tensors by their names on disk, [out, in] or [out]; fused ones put together."""
+    if family.one_expert and checkpoint.fused:
+        stem = f"{family.layers}.{layer}.{family.experts}"
+        named = {}
+        for kind in ("weight", "bias"):
+            suffix = "_bias" if kind == "bias" else ""
+            if f"down_proj.{kind}" in parts:
+                named[f"{stem}.down_proj{suffix}"] = parts[f"down_proj.{kind}"]
+            if f"gate_proj.{kind}" in parts:
+                halves = [parts[f"gate_proj.{kind}"], parts[f"up_proj.{kind}"]]
+                both = torch.stack(halves, 1).flatten(0, 1) if family.interleaved else None
+                named[f"{stem}.gate_up_proj{suffix}"] = torch.cat(halves) if both is None else both
+    else:
+        template = family.gate_proj if family.one_expert else family.dense_gate_proj
+        stem = template.format(layer=layer, expert=0).removesuffix("gate_proj.weight")
+        named = {stem + part: tensor for part, tensor in parts.items()}
+    return {checkpoint.on_disk.get(name, name): tensor for name, tensor in named.items()}
+
+
+def as_on_disk(value: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
+    """A projection [out, in] or bias [out] in the form [out, in], [1, out, in] or [1, in, out]."""
+    value = value.T if transposed and value.ndim == 2 and len(shape) == 3 else value
+    return value.reshape(shape).contiguous()
+
+
+def rewrite_student(
+    student_folder: Path,
+    out: str | Path,
+    family: Family,
+    layers: Mapping[int, FeedForward],
+    record: dict[str, Any],
+) -> Path:
+    """Write the student's folder with these layers' tensors in place of its own.
+
+    record: new sections of m2d.json.
+    """
+    require_absent(out)
+    checkpoint = Checkpoint(student_folder)
+    entries = {}
+    for file in shard_files(student_folder):
+        entries.update(read_header(file)[0])
+    changed: dict[str, Tensor] = {}
+    for layer, parts in layers.items():
+        changed |= on_disk(checkpoint, family, layer, parts)
+
+    def tensor(name: str) -> Tensor:
+        entry = entries[name]
+        if name not in changed:
+            return read_entry(entry, name)
+        value = as_on_disk(changed[name], entry.shape, family.transposed)
+        return value.to("cpu", entry.dtype)
+
+    if unknown := set(changed) - set(entries):
+        raise ValueError(f"{student_folder}: has no {', '.join(sorted(unknown))}")
+    own = student_folder / "m2d.json"
+    about = {**(read_json(own) if own.is_file() else {}), "m2d_version": __version__, **record}
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        write_checkpoint(folder, {n: (e.dtype, e.shape) for n, e in entries.items()}, tensor)
+        for file in sorted(student_folder.iterdir()):
+            anew = file.name in WRITTEN_ANEW or file.name.endswith(WEIGHTS)
+            if file.is_file() and not anew:
+                shutil.copyfile(file, folder / file.name)
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        (folder / "m2d.json").write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(model_card(about), encoding="utf-8")
+    return Path(out)
