@@ -197,7 +197,12 @@ def run(args: argparse.Namespace) -> None:
     _, teacher_config = read_config(teacher_folder)
     vocabularies = [c.get_text_config().vocab_size for c in (student_config, teacher_config)]
     vocabulary = min(vocabularies)  # both are padded, and not always alike
-    require_same_tokens(student_folder, teacher_folder)
+    same = require_same_tokens(student_folder, teacher_folder)
+    if vocabularies[0] != vocabularies[1] and not same:
+        raise UserError(
+            f"{args.student}: its vocabulary has {vocabularies[0]} tokens and the teacher's "
+            f"{vocabularies[1]}, and not both folders hold a tokenizer that shows they are the same"
+        )
     if args.teacher_top_k:
         expand_routing(teacher_config, args.teacher_top_k, teacher_folder)
     tokens = PackedTokens(args.tokens, args.seed)

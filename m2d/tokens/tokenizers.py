@@ -22,24 +22,25 @@ def tokens_by_id(file: Path) -> dict[int, str]:
         raise UserError(f"{file}: not a tokenizer of the tokenizers library") from None
 
 
-def require_same_tokens(student: Path, teacher: Path) -> None:
+def require_same_tokens(student: Path, teacher: Path) -> bool:
     """Raise a UserError where an id is one token for the student and another for the teacher.
 
-    Only ids that both have are compared. Folders that hold no tokenizer are taken as they are.
+    Only ids that both have are compared. False where their files do not tell.
     """
     for name in ("tokenizer.json", "tokenizer.model"):
         files = [folder / name for folder in (student, teacher)]
         if not all(file.is_file() for file in files):
             continue
         if sha256_of(files[0]) == sha256_of(files[1]):
-            return
+            return True
         if name == "tokenizer.model":
             break
         own, other = map(tokens_by_id, files)
         odd = next((i for i in sorted(own.keys() & other.keys()) if own[i] != other[i]), None)
         if odd is None:
-            return
+            return True
         raise UserError(
             f"{student}: token {odd} is {own[odd][:40]!r}, and {other[odd][:40]!r} in {teacher}; "
             "the two must share a tokenizer"
         )
+    return False
