@@ -3,6 +3,8 @@
 import argparse
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Ways to spread a model over several devices, as accelerate names them.
+SPREADS = ("auto", "balanced", "sequential")
 
 
 def positive(text: str) -> int:

@@ -15,7 +15,7 @@ import m2d
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.entries import Derived
-from m2d.models.quantized import dequantize_fp8, dequantize_mxfp4
+from m2d.models.quantized import dequantize_mxfp4, dequantize_scaled
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
 
@@ -49,7 +49,7 @@ def test_fp8_number_by_number(rows: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-rows // 16), -(-columns // 8), generator=generator)
-    found = dequantize_fp8(weight, scale, torch.float32, (16, 8))
+    found = dequantize_scaled(weight, scale, dtype=torch.float32, block=(16, 8))
     for i in range(rows):
         for j in range(columns):
             assert found[i, j] == weight[i, j].float() * scale[i // 16, j // 8]

@@ -16,7 +16,13 @@ from m2d.baselines.importance import Cut, Shape
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family
-from m2d.models.teacher import Teacher, locate, make_skeleton, read_config
+from m2d.models.teacher import (
+    Teacher,
+    check_weights,
+    locate,
+    make_skeleton,
+    read_config,
+)
 from m2d.students.tensors import NEVER_INHERITED, set_key, stored_shapes
 
 DENSE = {
@@ -76,7 +82,9 @@ def open_dense(model: str | Path, config_only: bool = False) -> Teacher:
         expert_width="",
     )
     name = folder.resolve().name if Path(model).exists() else str(model)
-    return Teacher(folder, name, raw, config, family, make_skeleton(config, folder), [])
+    dense = Teacher(folder, name, raw, config, family, make_skeleton(config, folder), [])
+    check_weights(dense)
+    return dense
 
 
 def shape_of(teacher: Teacher) -> Shape:

@@ -1,4 +1,4 @@
-"""The models of a distillation: loading them, spreading a teacher, raising its top-k."""
+"""The teacher of a distillation: how it is spread over devices, and its routing."""
 
 import argparse
 import json
@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from m2d.errors import UserError
-
-SPREADS = ("auto", "balanced", "sequential")
+from m2d.options import SPREADS
 
 
 def device_map(text: str) -> str | dict[str, Any]:
@@ -44,30 +43,3 @@ def expand_routing(config: Any, top_k: int, folder: Path) -> None:
             f"{most} {name}"
         )
     setattr(config, teacher.family.top_k, top_k + teacher.shared_in_experts)
-
-
-def load_model(folder: Path, config: Any, dtype: Any, where: Any) -> Any:
-    """A stock causal LM on a device, or spread by a device map. No code of the folder is run.
-
-    Raises UserError where it cannot be loaded, or does not fit in the devices of the map.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from m2d.models.teacher import quiet
-
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                device_map=where if isinstance(where, str | dict) else {"": where},
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{folder}: transformers cannot load it ({reason[0]})") from None
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(f"{folder}: does not fit in the devices of --teacher-device-map")
-    return model

@@ -184,8 +184,9 @@ def run(args: argparse.Namespace) -> None:
     end = float("inf") if args.stop_after is None else time.monotonic() + 60 * args.stop_after
     import torch
 
-    from m2d.distill.loading import expand_routing, load_model
+    from m2d.distill.loading import expand_routing
     from m2d.distill.processes import broadcast, start_processes
+    from m2d.models.load import load_model
     from m2d.models.teacher import dtype_of, locate, pick_dtype, quiet, read_config
     from m2d.tokens.dataset import PackedTokens
     from m2d.tokens.tokenizers import require_same_tokens

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from m2d.artifacts import sha256_of
-from m2d.distill.loading import device_map, expand_routing, load_model
+from m2d.distill.loading import device_map, expand_routing
 from m2d.distill.logits import (
     KINDS,
     outputs_of,
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     from m2d.distill.trainer import check_head, head_of, hidden_states
+    from m2d.models.load import load_model
 
     folder = locate(args.teacher)
     _, config = read_config(folder)

@@ -10,15 +10,14 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 from m2d.artifacts import write_json
 from m2d.errors import UserError
+from m2d.models.load import load_model
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import (
     dtype_of,
@@ -27,7 +26,6 @@ from m2d.models.teacher import (
     open_teacher,
     pick_device,
     pick_dtype,
-    quiet,
     read_config,
 )
 from m2d.options import add_compute_options, positive
@@ -101,19 +99,6 @@ def make_result(model: str, sums: Tensor, tokens: Tensor) -> Perplexity:
     return Perplexity(model, math.exp(nll), nll, predicted, length, sequences, error)
 
 
-def load_dense(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A stock causal LM in memory. No code of the folder is run, no pickle read."""
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
-            )
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(f"{folder}: transformers cannot load it ({reason[0]})") from None
-    return cast(nn.Module, model).to(device).eval()
-
-
 def measure(
     model: str | Path, tokens: Tensor, batch: int, dtype: str | None, device: torch.device
 ) -> Perplexity:
@@ -125,7 +110,7 @@ def measure(
         stream = StreamedTeacher(open_teacher(model), chosen, device)
         sums = streamed_nll(stream, tokens, batch)
     else:
-        network = load_dense(folder, chosen, device)
+        network = load_model(folder, config, chosen, device)
         parts = progress(tokens.split(batch), "perplexity, batches")
         sums = torch.cat([loaded_nll(network, part, batch, device) for part in parts])
     return make_result(Path(model).name, sums, tokens)

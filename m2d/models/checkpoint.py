@@ -39,9 +39,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        found: dict[str, Entry] = {}
-        for file in shard_files(folder):
-            found.update(read_header(file)[0])
+        found = tensors_of(folder)
         file = folder / "config.json"
         self.config: dict[str, Any] = read_json(file) if file.exists() else {}
         family = known_family(str(self.config.get("model_type")))
@@ -67,15 +65,15 @@ class Checkpoint:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
+    """The safetensors files that stock transformers reads in a model folder.
 
     Raises UserError where there are none, one is missing, or the index points outside the folder.
     """
+    if (folder / SINGLE_NAME).is_file():  # before an index, as transformers has it
+        return [folder / SINGLE_NAME]
     index = folder / INDEX_NAME
     if not index.exists():
-        if not (folder / SINGLE_NAME).exists():
-            raise UserError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME} in this folder")
-        return [folder / SINGLE_NAME]
+        raise UserError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME} in this folder")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map")
@@ -85,9 +83,33 @@ def shard_files(folder: Path) -> list[Path]:
             raise UserError(
                 f"{index}: {name!r} is not the name of a safetensors file in the folder"
             )
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise UserError(f"{folder}: shard {name} is missing")
     return [folder / name for name in names]
+
+
+def tensors_of(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a model folder by its name on disk.
+
+    Raises UserError for unreadable files, and an index that is not of the files beside it.
+    """
+    found: dict[str, Entry] = {}
+    for file in shard_files(folder):
+        found.update(read_header(file)[0])
+    _check_index(folder, found)
+    return found
+
+
+def _check_index(folder: Path, found: dict[str, Entry]) -> None:
+    """Raise a UserError where the index, if it counts, is of other files than lie beside it."""
+    if (folder / SINGLE_NAME).is_file():
+        return
+    for name, file in read_json(folder / INDEX_NAME)["weight_map"].items():
+        if name not in found or found[name].file.name != file:
+            raise UserError(
+                f"{folder / INDEX_NAME}: says that {name} is in {file}, which is not so; index and "
+                "shards are not of one model"
+            )
 
 
 Spec = tuple[torch.dtype, tuple[int, ...]]

@@ -18,17 +18,8 @@ from torch import Tensor
 from m2d.errors import UserError
 from m2d.models.entries import AnyEntry, Derived, Entry
 from m2d.models.families import Family
-from m2d.models.quantized import (
-    FP8_BLOCK,
-    FP8_SUFFIX,
-    MXFP4_BLOCK,
-    MXFP4_SUFFIXES,
-    dequantize_fp8,
-    dequantize_mxfp4,
-    fp8_scale_shape,
-)
-
-QUANTIZATIONS = ("mxfp4", "fp8")
+from m2d.models.quantized import MXFP4_BLOCK, MXFP4_SUFFIXES, dequantize_mxfp4
+from m2d.models.schemes import plain_entries, read_scheme
 
 
 @dataclass(frozen=True)
@@ -51,20 +42,11 @@ def canonical(
     config is config.json as it stands. Raises UserError for a quantisation that is not known, or
     parts that do not fit together.
     """
-    quantization = config.get("quantization_config")
-    settings = quantization if isinstance(quantization, dict) else {}
-    method = settings.get("quant_method")
-    if method not in (None, *QUANTIZATIONS):
-        raise UserError(
-            f"{folder}: its weights are quantised with {method!r}; m2d reads unquantised "
-            f"weights and {', '.join(QUANTIZATIONS)}"
-        )
     dtype = _float_dtype(config)
+    plain = plain_entries(folder, entries, read_scheme(folder, config), dtype)
     rename = _renamer(family)
-    names = {rename(name): name for name in entries}
-    renamed: dict[str, AnyEntry] = {new: entries[old] for new, old in names.items()}
-    block = tuple(settings.get("weight_block_size") or FP8_BLOCK)
-    _dequantize_fp8(folder, renamed, dtype, block)
+    names = {rename(name): name for name in plain}
+    renamed: dict[str, AnyEntry] = {new: plain[old] for new, old in names.items()}
     fused = _split_experts(folder, renamed, names, family, dtype) if family else False
     return Layout(renamed, names, fused)
 
@@ -84,25 +66,6 @@ def _renamer(family: Family | None) -> Any:
         return name
 
     return rename
-
-
-def _dequantize_fp8(
-    folder: Path, entries: dict[str, AnyEntry], dtype: torch.dtype, block: tuple[int, ...]
-) -> None:
-    for name in [name for name in entries if name.endswith(FP8_SUFFIX)]:
-        weight, scale = entries.get(name.removesuffix(FP8_SUFFIX)), entries.pop(name)
-        if not isinstance(weight, Entry) or not isinstance(scale, Entry):
-            raise UserError(f"{folder}: {name} has no weight beside it")
-        expected = fp8_scale_shape(weight.shape, (block[0], block[1]))
-        if scale.shape not in (expected, (), (1,)):
-            raise UserError(
-                f"{folder}: {name} is {list(scale.shape)}, but blocks of {list(block)} of "
-                f"{list(weight.shape)} imply {list(expected)}"
-            )
-        compute = partial(dequantize_fp8, dtype=dtype, block=(block[0], block[1]))
-        entries[name.removesuffix(FP8_SUFFIX)] = Derived(
-            (weight, scale), compute, dtype, weight.shape
-        )
 
 
 def _split_experts(

@@ -1,6 +1,7 @@
 """The stock model class of a config, with every parameter on the meta device."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +46,12 @@ def make_skeleton(config: PretrainedConfig, where: Path | str) -> PreTrainedMode
             f"{where}: transformers cannot build a causal LM from it "
             f"({reason[0] if reason else type(error).__name__})"
         ) from None
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether transformers keeps the tensor of a name in float32 whatever the model's dtype."""
+    parts = [n for n, kept in model._get_dtype_plan(dtype).items() if kept == torch.float32]
+    return lambda name: any(part in name for part in parts)
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:

@@ -5,7 +5,7 @@ masks and positions (recorded once), and its own head makes the logits. Only the
 replaced, by StackedExperts, which computes the same and can be observed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from m2d.models.checkpoint import Checkpoint
 from m2d.models.experts import GLU, Glu, StackedExperts, read_stacked
 from m2d.models.families import expert_pattern
 from m2d.models.routers import routed_rows
+from m2d.models.skeleton import kept_in_float32
 from m2d.models.teacher import Teacher, layers_of
 from m2d.progress import progress
 
@@ -69,7 +70,7 @@ class StreamedTeacher:
         self.model.base_model.layers = nn.ModuleList(self.taps)
         glus = {i: _glu_of(teacher, self.layers[i]) for i in teacher.moe_layers}
         self.glus: dict[int, str | Glu] = glus
-        self.in_float32 = _names(getattr(self.model, "_keep_in_fp32_modules_strict", None))
+        self.in_float32 = kept_in_float32(self.model, dtype)
         self._load_trunk()
 
     def _load_trunk(self) -> None:
@@ -178,12 +179,6 @@ def _glu_of(teacher: Teacher, layer: nn.Module) -> str | Glu:
     return lambda gate_up: stock._apply_gate(
         torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
     )
-
-
-def _names(parts: Iterable[str] | None) -> Callable[[str], bool]:
-    """Whether a tensor's name has one of these in it."""
-    wanted = list(parts or [])
-    return lambda name: any(part in name.split(".") for part in wanted)
 
 
 def _drop(layer: nn.Module) -> None:

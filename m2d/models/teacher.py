@@ -13,9 +13,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2d.artifacts import read_json
 from m2d.errors import UserError
-from m2d.models.checkpoint import Checkpoint
+from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, tensors_of
 from m2d.models.derive import describe
 from m2d.models.families import EMO, FAMILIES, Family
+from m2d.models.parameters import check_tensors, wanted_of
+from m2d.models.schemes import read_scheme
 from m2d.models.skeleton import (
     count_parameters,
     experts_modules,
@@ -40,6 +42,28 @@ __all__ = [
     "read_config",
 ]
 
+# Of config.json, what does not make the model: how its weights are packed, a classifier's labels.
+NOT_OF_THE_MODEL = {
+    "quantization_config",
+    "compression_config",
+    "num_labels",
+    "id2label",
+    "label2id",
+}
+# What a model returns beside its logits is not for the file to choose.
+RETURNS = {
+    "output_router_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+}
+# Beyond these, config.json is damaged, and making the model would take for ever.
+MOST = {
+    "num_hidden_layers": 10_000,
+    "num_experts": 100_000,
+    "num_local_experts": 100_000,
+    "n_routed_experts": 100_000,
+}
 WANTED_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 
 
@@ -122,13 +146,41 @@ def read_config(folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
         register_emo()
     if raw["model_type"] not in CONFIG_MAPPING:
         raise UserError(f"{file}: model_type {raw['model_type']!r} is not known to transformers")
+    read_scheme(folder, raw)  # refuses a quantisation that is not known
+    _check_counts(folder, raw)
     # How the weights are packed is for m2d.models.layouts, not for the model.
-    plain = {key: value for key, value in raw.items() if key != "quantization_config"}
+    plain = {key: value for key, value in raw.items() if key not in NOT_OF_THE_MODEL}
     try:
-        return raw, CONFIG_MAPPING[raw["model_type"]].from_dict(plain)
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(plain)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"{file}: not a valid config ({reason[-1] if reason else error})") from None
+    for key, value in RETURNS.items():
+        setattr(config, key, value)
+    return raw, config
+
+
+def _check_counts(folder: Path, raw: dict[str, Any]) -> None:
+    """Raise a UserError for counts that no model has, or more layers than the folder's tensors."""
+    file = folder / "config.json"
+    for key, most in MOST.items():
+        value = raw.get(key)
+        if isinstance(value, int) and value > most:
+            raise UserError(f"{file}: {key} is {value}; no model has more than {most}")
+    layers = raw.get("num_hidden_layers")
+    if not isinstance(layers, int) or not has_weights(folder):
+        return
+    names = (re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in tensors_of(folder))
+    found = {int(name[1]) for name in names if name}
+    if found and layers > max(found) + 1:
+        raise UserError(
+            f"{file}: num_hidden_layers is {layers}, but the tensors are of {max(found) + 1} layers"
+        )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights in a folder, and not its config.json alone."""
+    return (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
 
 
 def _decoded(value: Any) -> Any:
@@ -166,12 +218,19 @@ def open_teacher(model: str | Path, config_only: bool = False) -> Teacher:
     teacher = Teacher(folder, name, raw, config, family, skeleton, moe_layers)
     if not moe_layers:
         raise UserError(f"{folder}: no layer has experts; this model is dense already")
+    check_weights(teacher)
     if not 1 <= teacher.top_k <= teacher.num_experts:
         raise UserError(
             f"{folder / 'config.json'}: {family.top_k} is {teacher.top_k}; it must lie between 1 "
             f"and the {teacher.num_experts} experts"
         )
     return teacher
+
+
+def check_weights(teacher: Teacher) -> None:
+    """Raise a UserError where weights lie in the folder that are not those of the class."""
+    if has_weights(teacher.folder):
+        check_tensors(Checkpoint(teacher.folder), wanted_of(teacher.skeleton))
 
 
 def has_experts(model: str | Path) -> bool:

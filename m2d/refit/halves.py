@@ -17,7 +17,7 @@ from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
 from m2d.models.stream import StreamedTeacher, _drop
-from m2d.models.teacher import Teacher, make_skeleton, read_config
+from m2d.models.teacher import Teacher, check_weights, make_skeleton, read_config
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative; else 2e-2
 
@@ -43,9 +43,11 @@ def open_student(folder: Path, teacher: Teacher) -> Teacher:
             f"{family.student_model_type!r}"
         )
     moe_layers = teacher.moe_layers if family.one_expert else []
-    return Teacher(
+    student = Teacher(
         folder, folder.name, raw, config, family, make_skeleton(config, folder), moe_layers
     )
+    check_weights(student)
+    return student
 
 
 @dataclass
