@@ -69,6 +69,7 @@ def evaluate(
     from lm_eval.api.registry import get_model
     from lm_eval.utils import handle_non_serializable
 
+    from m2d.evaluate.backends import check_for_vllm, one_reader
     from m2d.models.teacher import locate, read_config
 
     _quieten()
@@ -78,12 +79,17 @@ def evaluate(
         if device == "cuda" and torch.cuda.device_count() > 1:
             # A job has several GPUs where one cannot hold the model.
             model_args = {"parallelize": True, **(model_args or {})}
+    else:
+        check_for_vllm(model)
     manager = _task_manager(tasks, include)
     with local_datasets(datasets, include, dataset_folders or {}):
         loaded = {task: _load_task(manager, task, shots) for task in tasks}
     arguments: dict[str, Any] = {"pretrained": model, "dtype": dtype, **(model_args or {})}
     try:
-        language_model = get_model(backend).create_from_arg_obj(
+        kind = get_model(backend)
+        if backend == "hf":
+            kind = one_reader(kind)
+        language_model = kind.create_from_arg_obj(
             arguments, {"batch_size": batch_size, "max_batch_size": None, "device": device}
         )
     except OSError as error:

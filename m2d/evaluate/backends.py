@@ -1,0 +1,69 @@
+"""lm-eval's backends on weights that m2d has read, or has checked.
+
+The hf backend gets its model from the reader that statistics, distillation and perplexity use.
+vLLM reads the folder itself, so the folder is checked before: that its tensors are just those of
+the class, all finite, and that vLLM would resolve the same files.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2d.errors import UserError
+from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from m2d.models.load import load_model, require_finite
+from m2d.models.parameters import check_tensors, wanted_of
+from m2d.models.skeleton import make_skeleton
+from m2d.models.teacher import dtype_of, locate, pick_dtype, read_config
+from m2d.progress import progress
+
+# Arguments of lm-eval's own that ask for another way of loading.
+OTHER_LOADERS = ("peft", "delta", "autogptq", "gptqmodel", "gguf_file", "tp_plan", "load_in_4bit")
+
+
+def one_reader(backend: type) -> Any:
+    """lm-eval's hf backend with a model that m2d loads, and logits that must be numbers."""
+
+    class OneReader(backend):
+        def _get_config(self, pretrained: str, **_: Any) -> None:
+            # Without the quantisation, which is the reader's business.
+            self._config = read_config(locate(pretrained, config_only=True))[1]
+
+        def _create_model(self, pretrained: str, **options: Any) -> None:
+            if any(options.get(name) for name in OTHER_LOADERS):
+                super()._create_model(pretrained, **options)
+                return
+            folder = locate(pretrained)
+            _, config = read_config(folder)
+            dtype = options.get("dtype")
+            named = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+            where = "auto" if options.get("parallelize") else self._device
+            chosen = pick_dtype(named, dtype_of(config, folder))
+            self._model = load_model(folder, config, chosen, where)
+
+        def _model_call(self, *args: Any, **keywords: Any) -> Tensor:
+            logits = super()._model_call(*args, **keywords)
+            # The largest one is NaN where any is, and a choice between NaN is no score.
+            if not bool(torch.isfinite(logits.max())):
+                raise UserError(f"{self.pretrained}: its logits are not finite; no score is given")
+            return logits
+
+    return OneReader
+
+
+def check_for_vllm(model: str) -> None:
+    """Raise a UserError unless vLLM will read of the folder what m2d would."""
+    folder = locate(model)
+    _, config = read_config(folder)
+    if (folder / SINGLE_NAME).is_file() and (folder / INDEX_NAME).is_file():
+        raise UserError(
+            f"{folder}: has both {SINGLE_NAME} and {INDEX_NAME}, and vLLM does not read the same "
+            "one as transformers; remove the one that is out of date"
+        )
+    checkpoint = Checkpoint(folder)
+    check_tensors(checkpoint, wanted_of(make_skeleton(config, folder)))
+    for name in progress(list(checkpoint.entries), f"{folder.name}, tensors checked"):
+        tensor = checkpoint.read(name)
+        if tensor.is_floating_point():
+            require_finite(tensor, f"{folder}: {name}")
