@@ -56,10 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     from m2d.distill.trainer import check_head, head_of, hidden_states
-    from m2d.models.load import load_model
+    from m2d.models.load import check_model, load_model
 
     folder = locate(args.teacher)
     _, config = read_config(folder)
+    check_model(folder, config)  # before anything is written
     vocabulary = config.get_text_config().vocab_size
     if args.size > vocabulary:
         raise UserError(f"--size {args.size}: the vocabulary has {vocabulary} tokens")

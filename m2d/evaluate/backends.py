@@ -12,9 +12,7 @@ from torch import Tensor
 
 from m2d.errors import UserError
 from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from m2d.models.load import load_model, require_finite
-from m2d.models.parameters import check_tensors, wanted_of
-from m2d.models.skeleton import make_skeleton
+from m2d.models.load import check_model, load_model, require_finite
 from m2d.models.teacher import dtype_of, locate, pick_dtype, read_config
 from m2d.progress import progress
 
@@ -61,8 +59,8 @@ def check_for_vllm(model: str) -> None:
             f"{folder}: has both {SINGLE_NAME} and {INDEX_NAME}, and vLLM does not read the same "
             "one as transformers; remove the one that is out of date"
         )
+    check_model(folder, config)
     checkpoint = Checkpoint(folder)
-    check_tensors(checkpoint, wanted_of(make_skeleton(config, folder)))
     for name in progress(list(checkpoint.entries), f"{folder.name}, tensors checked"):
         tensor = checkpoint.read(name)
         if tensor.is_floating_point():

@@ -28,6 +28,13 @@ Where = str | torch.device | dict[str, Any]
 """A device, one of SPREADS, or a map of module paths to devices."""
 
 
+def check_model(folder: Path, config: PretrainedConfig) -> None:
+    """Raise a UserError where load_model would, as far as the files' headers tell."""
+    model = make_skeleton(config, folder)
+    _know_family(model, config, folder)
+    check_tensors(Checkpoint(folder), wanted_of(model))
+
+
 def load_model(
     folder: Path, config: PretrainedConfig, dtype: torch.dtype, where: Where
 ) -> PreTrainedModel:

@@ -43,6 +43,13 @@ FORMATS = (
 MODELOPT_ALGORITHMS = ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W8A8_FP8")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("_scale_inv", "_scale")
+# Ends of the names of what stands beside a quantised weight.
+BESIDE = (
+    *(f".weight{end}" for end in (*SCALES, "_scale_2", "_global_scale", "_zero_point", "_g_idx")),
+    ".weight_shape",
+    ".qzeros",
+    ".g_idx",
+)
 # Of activations and of the key-value cache; a model in floating point has no use for them.
 OF_ACTIVATIONS = re.compile(
     r".*[._](input_scale(_inv|_ub)?|activation_scale|input_global_scale|input_zero_point"
@@ -178,10 +185,12 @@ def plain_entries(
             _qweight(folder, found, name, scheme, dtype)
         elif entry.dtype == torch.uint8 and f"{name}_scale_2" in entries:
             _nvfp4(folder, found, name, (name, f"{name}_scale", f"{name}_scale_2"), dtype)
+        elif name.endswith(BESIDE):
+            continue  # taken with its weight
         elif entry.dtype in (*FLOAT8, torch.int8):
             _scaled(folder, found, name, scheme, dtype)
     for name, other in found.items():
-        if name.endswith(SCALES) and name.rpartition("_scale")[0].endswith("weight"):
+        if name.endswith(BESIDE):
             raise UserError(f"{folder}: {name} has no quantised weight beside it")
         if isinstance(other, Entry) and other.dtype in FLOAT8:
             raise UserError(f"{folder}: {name} is {other.dtype} and has no scale beside it")
