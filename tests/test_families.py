@@ -414,7 +414,7 @@ def test_a_description_finds_what_the_table_says(name: str, teachers: Any) -> No
         ("qwen3_moe", {"model_type": "no_such_model"}, "'no_such_model' is not known"),
         ("qwen3_moe", {"model_type": "qwen3"}, "not a Mixture-of-Experts family"),
         ("emo", {"num_shared_experts": 2}, "num_shared_experts is 2"),
-        ("qwen3_moe", {"quantization_config": {"quant_method": "gptq"}}, "quantised with 'gptq'"),
+        ("qwen3_moe", {"quantization_config": {"quant_method": "hqq"}}, "quantised with 'hqq'"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "must lie between 1 and the 8 experts"),
     ],
 )

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2d.artifacts import write_json
-from m2d.errors import UserError
 from m2d.models.load import load_model
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import (
