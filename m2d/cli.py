@@ -28,6 +28,7 @@ COMMANDS = {
     "grid": ("m2d.students.grid", "perplexity of every configuration of one scoring method"),
     "neurons": ("m2d.statistics.neurons", "what every single neuron contributes"),
     "fold": ("m2d.refit.fold", "put the router's weights into the experts' gate rows"),
+    "fold-report": ("m2d.refit.fold_report", "what folding would do to a teacher, layer by layer"),
     "merge": ("m2d.students.merge", "write one student"),
     "prune": ("m2d.baselines.prune", "prune a dense teacher, for the dense-to-dense baseline"),
     "baseline": ("m2d.baselines.random", "a student with new weights in its FFNs, or everywhere"),

@@ -1,4 +1,4 @@
-"""One call from teacher to student: calibrate, score, choose, merge, and perhaps refit."""
+"""One call from teacher to student: calibrate, fold, score, choose, merge, refit and align."""
 
 import argparse
 import tempfile
@@ -20,6 +20,8 @@ from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options, positive
 from m2d.progress import say
+from m2d.recipes import RECIPES, settled
+from m2d.refit.align import AlignSettings, align_student
 from m2d.refit.fold import MODES, collect_folds, fold_record
 from m2d.refit.refit import VARIANTS, WEIGHTINGS, refit_record, write_refitted
 from m2d.refit.refit import refit as refit_student
@@ -40,18 +42,20 @@ def convert(
     teacher: str | Path,
     out: str | Path,
     *,
+    recipe: str | None = None,
     scoring: str = DEFAULTS["scoring"],
     grouping: str = DEFAULTS["grouping"],
-    scaling: str = DEFAULTS["scaling"],
+    scaling: str | None = None,
     keep: int | None = None,
-    granularity: str = "experts",
-    choice: str = CHOICES[0],
+    granularity: str | None = None,
+    choice: str | None = None,
     width: int | None = None,
     params: int | None = None,
     fold: str | None = None,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     refit: str | None = None,
-    weighting: str = WEIGHTINGS[0],
+    weighting: str | None = None,
+    align: int | None = None,
     text: Sequence[str | Path] | None = None,
     tokens: str | Path | None = None,
     dataset: str | None = None,
@@ -66,12 +70,17 @@ def convert(
     """Convert an MoE teacher into a dense student's folder, and return that folder.
 
     teacher: a local folder or a hub id. out: must not exist, or be empty.
+    recipe: "paper", or "best": greedy neurons, fold, sequential refit and alignment. What else is
+    given takes the place of what the recipe says.
     scoring, grouping, scaling: identifiers or the paper's terms. keep: K, experts kept in each
     layer; the router's top-k by default, which copies them exactly.
     granularity: "experts", or "neurons" to keep single neurons of all experts instead, by `choice`
     "contribution" or "greedy": `width` of a layer, or as many as a student of `params` parameters
-    has (default: the width of the router's top-k). refit: "layer" or "sequential" to solve the down
-    projections anew, with the tokens' `weighting` "equal" or "relative" (docs/closed-form.md).
+    has (default: the width of the router's top-k).
+    fold: "fixed" (by `alpha`), "layer" or "neuron" to put the router into the experts' gates first.
+    refit: "layer" or "sequential" to solve the down projections anew, with the tokens' `weighting`
+    "equal" or "relative". align: steps in which each layer's FFN is then trained on the teacher's
+    residual stream (docs/beyond.md).
     One of text (files), tokens (a token file) or dataset (NAME[@CONFIG][:SPLIT[:COLUMN]])
     gives the calibration tokens; sequences and length say how many (512 of 2048; of a token file
     all, or the first `sequences` of windows of `length`). column, bos: of text and dataset, as in
@@ -82,23 +91,28 @@ def convert(
     """
     if sum(source is not None for source in (text, tokens, dataset)) != 1:
         raise UserError("give one of text, tokens, dataset as the calibration data")
+    given = {
+        "granularity": granularity, "choice": choice, "scaling": scaling, "fold": fold,
+        "alpha": alpha, "refit": refit, "weighting": weighting, "align": align,
+    }  # fmt: skip
+    how = settled(recipe, given)
     for kind, value, known in (
-        ("refit", refit or VARIANTS[0], VARIANTS),
-        ("weighting", weighting, WEIGHTINGS),
-        ("fold", fold or MODES[0], MODES),
-        ("granularity", granularity, GRANULARITIES),
-        ("choice", choice, CHOICES),
+        ("refit", how.refit or VARIANTS[0], VARIANTS),
+        ("weighting", how.weighting, WEIGHTINGS),
+        ("fold", how.fold or MODES[0], MODES),
+        ("granularity", how.granularity, GRANULARITIES),
+        ("choice", how.choice, CHOICES),
     ):
         if value not in known:
             raise UserError(f"unknown {kind} {value!r}; known: {', '.join(known)}")
     methods = {
         "scoring": resolve("scoring", scoring),
         "grouping": resolve("grouping", grouping),
-        "scaling": resolve("scaling", scaling),
+        "scaling": resolve("scaling", how.scaling or DEFAULTS["scaling"]),
     }
     require_absent(out)
     opened = open_teacher(teacher)
-    check_size(opened, granularity, keep, width, params)
+    check_size(opened, how.granularity, keep, width, params)
     compute_dtype, chosen_device = pick_dtype(dtype, opened.dtype), pick_device(device)
 
     vocabulary = opened.config.get_text_config().vocab_size
@@ -113,39 +127,56 @@ def convert(
             column=column, bos=bos, vocab_size=vocabulary,
         )  # fmt: skip
         source = ", ".join(Path(file).name for file in text) if text else str(dataset)
-    if refit and len(input_ids) < 2:
-        raise UserError("--refit needs at least 2 sequences: some to fit, some to hold out")
-    stream = StreamedTeacher(opened, compute_dtype, chosen_device)
-    folds = collect_folds(stream, input_ids, batch, fold, alpha) if fold else None
-    if granularity == "neurons":
-        neurons = chosen_width(opened, width, params)
-        layers = collect(
-            stream, input_ids, batch, neurons if choice == "greedy" else None, folds=folds
+    if (how.refit or how.fold or how.align) and len(input_ids) < 2:
+        raise UserError(
+            "fold, refit and align need at least 2 sequences: some to fit, some to hold out"
         )
-        plan = neuron_plan(layers, neurons, choice)
+    stream = StreamedTeacher(opened, compute_dtype, chosen_device)
+    folds = collect_folds(stream, input_ids, batch, how.fold, how.alpha) if how.fold else None
+    if how.granularity == "neurons":
+        neurons = chosen_width(opened, width, params)
+        greedy = neurons if how.choice == "greedy" else None
+        layers = collect(stream, input_ids, batch, greedy, folds=folds)
+        plan = neuron_plan(layers, neurons, how.choice)
     else:
+        if how.scaling is None and any(fold.folds for fold in (folds or {}).values()):
+            methods["scaling"] = "least_squares"  # m / k is of experts under a router
         plan = plan_of_experts(stream, input_ids, batch, keep or opened.top_k, folds, **methods)
     about = {"source": source, "sequences": input_ids.shape[0], "length": input_ids.shape[1]}
     if tokens is not None:
         about["sha256"] = sha256_of(tokens)
     record: dict[str, Any] = {"calibration": about}
-    if fold and folds is not None:
-        record["fold"] = fold_record(fold, input_ids, folds)
+    if recipe:
+        record["recipe"] = recipe
+    if how.fold and folds is not None:
+        record["fold"] = fold_record(how.fold, input_ids, folds)
     disk_dtype = compute_dtype if dtype else None
-    if refit is None:
+    if not how.refit and not how.align:
         return write_student(opened, plan, out, disk_dtype, record, folds)
-    # The merged student is a step on the way; it lies where the result will, on the same disk.
+    # What lies between is kept where the result will be, on the same disk.
+    options: dict[str, Any] = {"dtype": compute_dtype, "device": chosen_device, "batch": batch}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".m2d-", dir=Path(out).parent) as folder:
-        merged = write_student(opened, plan, Path(folder) / "merged", disk_dtype, record, folds)
-        fresh = open_teacher(opened.folder)  # the stream took the other's layers apart
-        fresh.name = opened.name
-        found = refit_student(
-            fresh, merged, input_ids, refit, weighting=weighting,
-            dtype=compute_dtype, device=chosen_device, batch=batch,
-        )  # fmt: skip
-        about_refit = refit_record(refit, input_ids, found, compute_dtype, weighting)
-        return write_refitted(merged, out, opened.family, found, about_refit)
+        last = write_student(opened, plan, Path(folder) / "merged", disk_dtype, record, folds)
+        if how.refit:
+            fresh = reopened(opened)
+            found = refit_student(
+                fresh, last, input_ids, how.refit, weighting=how.weighting, **options
+            )
+            about_refit = refit_record(how.refit, input_ids, found, compute_dtype, how.weighting)
+            target = Path(folder) / "refitted" if how.align else out
+            last = write_refitted(last, target, opened.family, found, about_refit)
+        if how.align:
+            settings = AlignSettings(steps=how.align)
+            last = align_student(reopened(opened), last, out, input_ids, settings, **options)
+    return last
+
+
+def reopened(teacher: Teacher) -> Teacher:
+    """The same teacher anew: a stream takes the layers of the one that it is given apart."""
+    fresh = open_teacher(teacher.folder)
+    fresh.name = teacher.name
+    return fresh
 
 
 def check_size(
@@ -204,22 +235,41 @@ def collect_statistics(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id")
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="paper: whole experts (default); best: greedy neurons, fold, refit and align. Options "
+        "take the place of what it says",
+    )
     for kind, default in DEFAULTS.items():
         known = ", ".join(identifiers(kind))
-        parser.add_argument(f"--{kind}", default=default, help=f"{known} (default: {default})")
+        own = None if kind == "scaling" else default
+        parser.add_argument(f"--{kind}", default=own, help=f"{known} (default: {default})")
     parser.add_argument("--keep", type=positive, help="experts to keep, K (default: the top-k)")
     parser.add_argument(
-        "--granularity", choices=GRANULARITIES, default="experts", help="what is kept (experts)"
+        "--granularity", choices=GRANULARITIES, help="what is kept (default: experts)"
     )
     parser.add_argument(
-        "--choice", choices=CHOICES, default=CHOICES[0], help="of single neurons (%(default)s)"
+        "--choice", choices=CHOICES, help=f"of single neurons (default: {CHOICES[0]})"
     )
     add_width_options(parser)
+    parser.add_argument(
+        "--fold",
+        choices=MODES,
+        help="put the router into the gates: by --alpha, or fitted for each layer or neuron",
+    )
+    parser.add_argument("--alpha", type=float, help="of --fold fixed (default: 1)")
     parser.add_argument(
         "--refit", choices=VARIANTS, help="solve the down projections anew in closed form"
     )
     parser.add_argument(
-        "--weighting", choices=WEIGHTINGS, default=WEIGHTINGS[0], help="of a refit's tokens (equal)"
+        "--weighting", choices=WEIGHTINGS, help="of a refit's tokens (default: equal)"
+    )
+    parser.add_argument(
+        "--align",
+        type=positive,
+        metavar="STEPS",
+        help="train every layer's FFN for so many steps on the teacher's residual stream",
     )
     source = add_text_options(parser)
     source.add_argument("--tokens", metavar="FILE", help="token file from m2d tokenize")

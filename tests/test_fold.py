@@ -1,5 +1,6 @@
 """Folding: exact where it can be, brute force elsewhere, and nothing at all where alpha is 0."""
 
+import json
 from pathlib import Path
 
 import family_teachers
@@ -254,6 +255,67 @@ def test_a_layer_that_gains_nothing_is_left(tmp_path: Path) -> None:
             assert found.report.choice == "none"
             assert not found.alpha.any()
             assert found.report.r2_after == found.report.r2_before == pytest.approx(1.0)
+
+
+def test_the_report_is_what_folding_finds(
+    tiny_teacher: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "report.json"
+    words = ["fold-report", str(tiny_teacher), "--tokens", str(calibration), "--json", str(out)]
+    assert main(words) == 0
+    rows = json.loads(out.read_text())["layers"]
+    fixed = collect_folds(stream_of(tiny_teacher), TOKENS, 8, "fixed", 1.0)
+    neuron = collect_folds(stream_of(tiny_teacher), TOKENS, 8, "neuron")
+    for row in rows:
+        report = fixed[row["layer"]].report
+        assert row["unfolded"] == pytest.approx(report.r2_before, abs=1e-6)
+        assert row["alpha 1"] == pytest.approx(report.r2_after, abs=1e-6)
+        best = max(row[way] for way in ("unfolded", "per layer", "per neuron"))
+        assert best == pytest.approx(neuron[row["layer"]].report.r2_after, abs=fold.LEAST_GAIN)
+    assert "alpha 1 helps in 2 of 2 layers" in capsys.readouterr().out
+
+
+def test_step_by_step_is_the_best_recipe(
+    tiny_teacher: Path, calibration: Path, tmp_path: Path
+) -> None:
+    """Fold, choose, merge, refit and align by hand give the bytes of one call."""
+    teacher, tokens = str(tiny_teacher), ["--tokens", str(calibration)]
+    one = m2d.convert(tiny_teacher, tmp_path / "one", tokens=calibration, recipe="best", align=2)
+    about = json.loads((one / "m2d.json").read_text())
+    assert about["recipe"] == "best"
+    assert {"fold", "refit", "align"} <= about.keys()
+    card = (one / "README.md").read_text()
+    assert "Folded:" in card
+    assert "Aligned:" in card
+    fold_file, neurons = str(tmp_path / "fold"), str(tmp_path / "neurons")
+    merged, refitted, last = (str(tmp_path / name) for name in ("merged", "refitted", "last"))
+    for words in (
+        ["fold", teacher, fold_file, *tokens],
+        ["neurons", teacher, neurons, *tokens, "--choice", "greedy", "--fold", fold_file],
+        ["merge", teacher, merged, "--neurons", neurons, "--choice", "greedy", "--fold", fold_file],
+        ["refit", merged, teacher, refitted, *tokens],
+        ["align", refitted, teacher, last, *tokens, "--steps", "2"],
+    ):
+        assert main(words) == 0
+    last_bytes, one_bytes = (
+        (Path(folder) / "model.safetensors").read_bytes() for folder in (last, one)
+    )
+    assert last_bytes == one_bytes
+    words = ["merge", teacher, str(tmp_path / "x"), "--neurons", neurons, "--choice", "greedy"]
+    assert main(words) == 2  # chosen with a fold, and merged without one
+
+
+def test_gram_statistics_of_a_fold_file(
+    tiny_teacher: Path, calibration: Path, tmp_path: Path
+) -> None:
+    words = [str(tiny_teacher), str(tmp_path / "fold"), "--tokens", str(calibration)]
+    assert main(["fold", *words]) == 0
+    for name, more in (("plain", []), ("folded", ["--fold", str(tmp_path / "fold")])):
+        words[1] = str(tmp_path / name)
+        assert main(["gram", *words, *more]) == 0
+    plain, folded = (load_file(tmp_path / name) for name in ("plain", "folded"))
+    key = next(k for k in plain if k.endswith("gram") and "weight" not in k and "router" not in k)
+    assert not torch.allclose(plain[key], folded[key], rtol=1e-2)
 
 
 def test_files_and_bad_input(tmp_path: Path, tiny_teacher: Path, calibration: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from m2d.artifacts import atomic_path
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
+from m2d.models.teacher import Teacher
 
 FORMAT = 1
 PARTS = ("alpha", "rows", "offset", "shift", "scale")
@@ -133,12 +134,20 @@ def read_folds(path: str | Path) -> tuple[dict[int, LayerFold], dict[str, Any]]:
     return folds, metadata
 
 
-def check_folds(folds: Folds, layers: list[int], num_experts: int, width: int, size: int) -> None:
-    """Raise a UserError unless the folds fit a teacher of these layers and shapes."""
-    for layer in layers:
-        fold = folds.get(layer)
-        if fold is None or fold.alpha.shape != (num_experts, width) or fold.rows.shape[1] != size:
-            raise UserError("the fold file was not made from this teacher; run m2d fold again")
+def folds_of(teacher: Teacher, path: str | Path) -> tuple[dict[int, LayerFold], dict[str, Any]]:
+    """The folds in a file for this teacher, and what m2d.json says of them.
+
+    Raises UserError where the file is unreadable, or was made from another teacher.
+    """
+    folds, about = read_folds(path)
+    shape = (teacher.num_experts, teacher.expert_width)
+    fits = all(
+        fold.alpha.shape == shape and fold.rows.shape[1] == teacher.config.hidden_size
+        for fold in folds.values()
+    )
+    if sorted(folds) != sorted(teacher.moe_layers) or not fits:
+        raise UserError(f"{path}: not made from this teacher; run m2d fold again")
+    return folds, {key: about[key] for key in ("mode", "sequences", "length", "layers")}
 
 
 def reports(folds: Folds) -> list[dict[str, Any]]:

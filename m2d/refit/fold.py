@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
-from m2d.models.folded import FoldReport, LayerFold, write_folds
+from m2d.models.folded import FoldReport, LayerFold, reports, write_folds
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options
@@ -105,6 +105,7 @@ class FoldTotals:
         self.folds: dict[int, LayerFold] = {}
         self.parts: tuple[FoldSums, FoldSums] | None = None  # to fit, held out
         self.seen = 0
+        self.quiet = False
 
     def visit(
         self,
@@ -143,6 +144,7 @@ class FoldTotals:
         if self.seen == len(self.held_out):  # the layer is through
             energy = experts.down_proj[:count].float().square().sum(1)
             fit, judge = self.parts
+            self.finish(layer, candidates, fit, judge, energy.double())
             fold = choose_fold(layer, self.mode, candidates, fit, judge, energy.double())
             rows, offset = (part.cpu() for part in routes[0 if fold.report.centred else 1])
             self.folds[layer] = LayerFold(
@@ -150,7 +152,18 @@ class FoldTotals:
                 fold.shift.cpu().float(), fold.scale.cpu().float(),
             )  # fmt: skip
             self.parts, self.seen = None, 0
-            say(describe(fold.report))
+            if not self.quiet:
+                say(describe(fold.report))
+
+    def finish(
+        self,
+        layer: int,
+        candidates: Sequence[Candidate],
+        fit: FoldSums,
+        judge: FoldSums,
+        energy: Tensor,
+    ) -> None:
+        """Called with a layer's sums once they are whole; `m2d fold-report` looks at them here."""
 
 
 def router_directions(router: nn.Module, centred: bool) -> tuple[Tensor, Tensor]:
@@ -185,12 +198,10 @@ def choose_fold(
     mode: "fixed" takes the one alpha tried; "layer" one candidate for all neurons; "neuron" one for
     each, if that too is better than one for all. energy [E, I]: ||d_ej||^2 of the down columns.
     """
-    scales = fit.scales()
-    fitted, judged = energy * fit.errors(scales), energy * judge.errors(scales)
-    total = float((energy * judge.tt).sum())
+    fitted, judged = weighted_errors(fit, judge, energy)
 
     def r2(chosen: Tensor) -> float:
-        return 1 - float(judged.gather(0, chosen[None]).sum()) / total if total > 0 else 0.0
+        return share_reproduced(judged, chosen, judge, energy)
 
     nothing = torch.zeros_like(fit.tt, dtype=torch.long)
     best, kind, before = nothing, "none", r2(nothing)
@@ -220,6 +231,25 @@ def choose_fold(
     return Choice(report, alpha, shift, scale)
 
 
+def weighted_errors(fit: FoldSums, judge: FoldSums, energy: Tensor) -> tuple[Tensor, Tensor]:
+    """[C, E, I] of either part, with the scales that `fit` finds best."""
+    scales = fit.scales()
+    return energy * fit.errors(scales), energy * judge.errors(scales)
+
+
+def share_reproduced(judged: Tensor, chosen: Tensor, judge: FoldSums, energy: Tensor) -> float:
+    """R2 of a layer whose neurons take the candidates `chosen` [E, I]."""
+    total = float((energy * judge.tt).sum())
+    return 1 - float(judged.gather(0, chosen[None]).sum()) / total if total > 0 else 0.0
+
+
+def splits_for(tokens: Tensor, held_out_every: int = HELD_OUT_EVERY) -> Tensor:
+    """Which sequences are held out, bool [S]. Raises UserError for fewer than 2."""
+    if len(tokens) < 2:
+        raise UserError("folding needs at least 2 sequences: some to fit, some to hold out")
+    return held_out_sequences(len(tokens), held_out_every)
+
+
 def collect_folds(
     stream: StreamedTeacher,
     tokens: Tensor,
@@ -233,10 +263,8 @@ def collect_folds(
     mode: "fixed" takes `alpha` everywhere, "layer" and "neuron" fit it. Layers that gain nothing on
     the held-out tokens are left as they are. Raises UserError for fewer than 2 sequences.
     """
-    if len(tokens) < 2:
-        raise UserError("folding needs at least 2 sequences: some to fit, some to hold out")
     family = stream.teacher.family
-    held_out = held_out_sequences(len(tokens), held_out_every)
+    held_out = splits_for(tokens, held_out_every)
     totals = FoldTotals(
         held_out, tokens.shape[1], mode, alpha, family.probabilities, family.router_float32
     )
@@ -256,8 +284,6 @@ def describe(report: FoldReport) -> str:
 
 def fold_record(mode: str, tokens: Tensor, folds: dict[int, LayerFold]) -> dict[str, Any]:
     """What m2d.json says of a fold."""
-    from m2d.models.folded import reports
-
     return {
         "mode": mode,
         "sequences": tokens.shape[0],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from m2d.choose.layer_statistics import GramStatistics
 from m2d.memory import free_memory
 from m2d.models.experts import TILE, StackedExperts
-from m2d.models.folded import Folds
+from m2d.models.folded import Folds, folds_of
 from m2d.models.routers import router_gram
 from m2d.statistics.routing import add_statistics_options, collect
 from m2d.statistics.shards import LayerSums, gram_statistics
@@ -172,8 +172,13 @@ def weight_gram(experts: StackedExperts) -> Tensor:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id")
     parser.add_argument("out", type=Path, help="the file to write, .safetensors")
+    parser.add_argument("--fold", help="file from m2d fold: of the experts folded so")
     add_statistics_options(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    collect(args, "gram", lambda _: GramTotals())
+    collect(
+        args,
+        "gram",
+        lambda teacher: GramTotals(folds_of(teacher, args.fold)[0] if args.fold else None),
+    )

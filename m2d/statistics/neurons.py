@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from m2d.artifacts import atomic_path
+from m2d.artifacts import atomic_path, sha256_of
 from m2d.choose.neuron_statistics import CHOICES, NeuronStatistics
 from m2d.choose.neurons import Neurons, check_width, contribution, greedy_neurons, top_neurons
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
-from m2d.models.folded import Folds
+from m2d.models.folded import Folds, folds_of
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options, positive
@@ -237,6 +237,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=CHOICES[0],
         help="greedy: also order as many neurons as the student will have (%(default)s)",
     )
+    parser.add_argument("--fold", help="file from m2d fold: of the experts folded so")
     add_width_options(parser)
     parser.add_argument(
         "--candidates", type=positive, help="neurons for greedy to choose from (4 times as many)"
@@ -254,6 +255,10 @@ def main(args: argparse.Namespace) -> None:
     tokens = read_tokens(args.tokens, teacher.config.vocab_size)
     dtype = pick_dtype(args.dtype, teacher.dtype)
     stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
-    layers = collect(stream, tokens, args.batch, width, args.candidates)
-    write_neurons(args.out, layers, provenance(teacher, args.tokens, dtype))
+    about = provenance(teacher, args.tokens, dtype)
+    folds = None
+    if args.fold:
+        folds, about["fold_sha256"] = folds_of(teacher, args.fold)[0], sha256_of(args.fold)
+    layers = collect(stream, tokens, args.batch, width, args.candidates, folds)
+    write_neurons(args.out, layers, about)
     say(f"{args.out}: {len(layers)} layers, {tokens.numel()} tokens")

@@ -132,6 +132,8 @@ def collect(args: argparse.Namespace, kind: str, make: Callable[[Teacher], Any])
     if args.share:
         rows = share_rows(args.share, len(tokens), args.batch)
     totals, about = make(teacher), provenance(teacher, args.tokens, dtype)
+    if getattr(args, "fold", None):
+        about["fold_sha256"] = sha256_of(args.fold)
     stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
     stream.run(tokens[rows], args.batch, totals.visit, f"{kind} statistics, layers")
     if args.share:

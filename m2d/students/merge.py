@@ -22,7 +22,7 @@ from m2d.choose.plan import Plan, check_keep, make_plan, plan_from_dict
 from m2d.choose.ranking import rankings_from_dict
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Content, Spec, write_checkpoint
-from m2d.models.folded import Folds
+from m2d.models.folded import Folds, folds_of
 from m2d.models.teacher import Teacher, count_parameters, open_teacher, pick_dtype
 from m2d.options import DTYPES, positive
 from m2d.progress import progress, say
@@ -213,6 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_width_options(neurons)
     again = parser.add_argument_group("a student made before")
     again.add_argument("--plan", help="its plan.json")
+    parser.add_argument("--fold", help="file from m2d fold: the experts are folded so")
     parser.add_argument("--dtype", choices=DTYPES, help="of the student (default: as on disk)")
 
 
@@ -251,7 +252,12 @@ def plan_of(args: argparse.Namespace, teacher: Teacher) -> tuple[Plan, dict[str,
         return plan, {"plan": sha256_of(args.plan)}
     if kind == "neurons":
         width = chosen_width(teacher, args.width, args.params)
-        layers, _ = read_neurons(args.neurons)
+        layers, about = read_neurons(args.neurons)
+        if about.get("fold_sha256") != (sha256_of(args.fold) if args.fold else None):
+            raise UserError(
+                f"{args.neurons}: --fold must be the file that these neurons were chosen with, and "
+                "absent where they were chosen without one"
+            )
         shape = (teacher.num_experts, teacher.expert_width)
         found = [layer.layer for layer in layers]
         if found != teacher.moe_layers or layers[0].down_square_norm.shape != shape:
@@ -270,5 +276,10 @@ def main(args: argparse.Namespace) -> None:
     teacher = open_teacher(args.teacher)
     plan, upstream = plan_of(args, teacher)
     dtype = pick_dtype(args.dtype, teacher.dtype) if args.dtype else None
-    write_student(teacher, plan, args.out, dtype, {"upstream_sha256": upstream})
+    record: dict[str, Any] = {"upstream_sha256": upstream}
+    folds = None
+    if args.fold:
+        folds, record["fold"] = folds_of(teacher, args.fold)
+        upstream["fold"] = sha256_of(args.fold)
+    write_student(teacher, plan, args.out, dtype, record, folds)
     say(f"{args.out}: {teacher.family.student_architecture}, plan {plan.digest()}")

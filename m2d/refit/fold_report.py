@@ -1,0 +1,106 @@
+"""`m2d fold-report`: whether folding the router into the gates holds on a teacher, layer by layer.
+
+One pass of calibration tokens; no student is made.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2d.artifacts import require_absent, write_json
+from m2d.models.stream import StreamedTeacher
+from m2d.models.teacher import open_teacher, pick_device, pick_dtype
+from m2d.options import add_compute_options
+from m2d.refit.fold import (
+    LEAST_GAIN,
+    Candidate,
+    FoldSums,
+    FoldTotals,
+    share_reproduced,
+    splits_for,
+    weighted_errors,
+)
+from m2d.tokens.files import read_tokens
+
+WAYS = ("unfolded", "alpha 1", "per layer", "per neuron")
+
+
+class FoldTable(FoldTotals):
+    """R2 of every way to fold, by layer."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.rows: list[dict[str, Any]] = []
+
+    def finish(
+        self,
+        layer: int,
+        candidates: Sequence[Candidate],
+        fit: FoldSums,
+        judge: FoldSums,
+        energy: Tensor,
+    ) -> None:
+        fitted, judged = weighted_errors(fit, judge, energy)
+        nothing = torch.zeros_like(fit.tt, dtype=torch.long)
+        one = candidates.index(Candidate(1.0))
+        best = int(fitted.flatten(1).sum(1).argmin())
+        chosen = (nothing, nothing + one, nothing + best, fitted.argmin(0))
+        found = [share_reproduced(judged, way, judge, energy) for way in chosen]
+        row = {"layer": layer, **dict(zip(WAYS, found, strict=True))}
+        self.rows.append({**row, "alpha of the layer": candidates[best].alpha})
+
+
+def fold_table(stream: StreamedTeacher, tokens: Tensor, batch: int) -> list[dict[str, Any]]:
+    """A row per MoE layer: its index, R2 of each of WAYS on held-out tokens, the layer's alpha.
+
+    Raises UserError for fewer than 2 sequences.
+    """
+    family = stream.teacher.family
+    held_out = splits_for(tokens)
+    totals = FoldTable(
+        held_out, tokens.shape[1], "neuron", 1.0, family.probabilities, family.router_float32
+    )
+    totals.quiet = True
+    stream.run(tokens, batch, totals.visit, "fold-report, layers")
+    return totals.rows
+
+
+def table_text(rows: Sequence[dict[str, Any]]) -> str:
+    """The table, and one line of what it says."""
+    lines = ["layer  " + "  ".join(f"{way:>10}" for way in WAYS) + "  alpha of the layer"]
+    for row in rows:
+        cells = "  ".join(f"{row[way]:10.3f}" for way in WAYS)
+        lines.append(f"{row['layer']:>5}  {cells}  {row['alpha of the layer']:18.2f}")
+    means = {way: sum(row[way] for row in rows) / len(rows) for way in WAYS}
+    lines.append(" mean  " + "  ".join(f"{means[way]:10.3f}" for way in WAYS))
+    gains = sum(row["alpha 1"] > row["unfolded"] + LEAST_GAIN for row in rows)
+    lines.append(
+        f"alpha 1 helps in {gains} of {len(rows)} layers: R2 {means['unfolded']:.3f} -> "
+        f"{means['alpha 1']:.3f}, per neuron {means['per neuron']:.3f} (share of the routed "
+        "neurons' output that a neuron with a constant scale reproduces, on held-out tokens)"
+    )
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help="folder or hub id")
+    parser.add_argument("--tokens", required=True, help="token file from m2d tokenize")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here")
+    add_compute_options(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.json:
+        require_absent(args.json)
+    teacher = open_teacher(args.teacher)
+    tokens = read_tokens(args.tokens, teacher.config.vocab_size)
+    dtype = pick_dtype(args.dtype, teacher.dtype)
+    stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
+    rows = fold_table(stream, tokens, args.batch)
+    if args.json:
+        write_json(args.json, {"teacher": teacher.name, "layers": rows})
+    print(table_text(rows))
