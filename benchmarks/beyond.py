@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 LENGTH = 256
 DECAY = 0.3  # the last share of a budget, in which the learning rate falls
 WARM_UP = 8  # steps
-SEQUENCES = {"calibration": 384, "test": 32, "train": 2560}
+SEQUENCES = {"calibration": 900, "test": 32, "train": 2560}
 
 
 def read_data(args: argparse.Namespace) -> dict[str, Tensor]:

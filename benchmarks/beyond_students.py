@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m2d.conversion import convert
+from m2d.models.teacher import open_teacher
 
 BATCH = 16
-CALIBRATION = 128  # sequences, of a pool three times as large
+CALIBRATION = 128  # sequences, of the first POOL of the calibration tokens
+POOL = 384
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,23 @@ class Student:
     options: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1e-3
     sequences: int = CALIBRATION
+    widths: int = 1
+    """Times the width of the teacher's active path."""
 
 
 GREEDY = {"granularity": "neurons", "choice": "greedy", "refit": "sequential"}
+FOLD = {"fold": "neuron"}
+ALIGN = {"align": 160}
 STUDENTS = {
     "do-acp": Student("DO-ACP (the paper's best)", {}, 2e-3),
-    "greedy": Student("greedy neurons, refit", GREEDY),
+    "do-acp-fold": Student("DO-ACP + fold + refit", {"refit": "sequential", **FOLD}),
+    "greedy": Student("greedy neurons + refit", GREEDY),
+    "fold": Student("greedy + refit + fold", {**GREEDY, **FOLD}),
+    "align": Student("greedy + refit + align", {**GREEDY, **ALIGN}, sequences=384),
+    "both": Student("greedy + refit + fold + align", {**GREEDY, **FOLD, **ALIGN}, sequences=384),
+    "wide": Student(
+        "twice the width: fold + align", {**GREEDY, **FOLD, **ALIGN}, sequences=384, widths=2
+    ),
 }
 
 
@@ -44,11 +57,19 @@ def make_student(
     cost = out.with_suffix(".json")
     if not cost.exists():
         shutil.rmtree(out, ignore_errors=True)
-        chosen = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+        # The first CALIBRATION sequences are the same for all students of a seed.
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(POOL, generator=generator)[:CALIBRATION]
+        more = POOL + torch.randperm(len(pool) - POOL, generator=generator)
+        chosen = torch.cat([chosen, more])[: student.sequences]
         tokens = out.with_suffix(".safetensors")
         tokens.parent.mkdir(exist_ok=True)
-        save_file({"input_ids": pool[chosen[: student.sequences]]}, tokens)
+        save_file({"input_ids": pool[chosen]}, tokens)
+        options: dict[str, Any] = {"tokens": tokens, "batch": BATCH, "dtype": "float32"}
+        if student.widths > 1:
+            teacher = open_teacher(args.teacher)
+            options["width"] = student.widths * teacher.top_k * teacher.expert_width
         start = time.process_time()
-        convert(args.teacher, out, tokens=tokens, batch=BATCH, dtype="float32", **student.options)
+        convert(args.teacher, out, **options, **student.options)
         cost.write_text(json.dumps({"seconds": time.process_time() - start}))
     return out, json.loads(cost.read_text())

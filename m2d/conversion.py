@@ -2,13 +2,15 @@
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from m2d.artifacts import require_absent, sha256_of
+from m2d.budget import choose, describe_choice, measure_speed, parse_budget
 from m2d.choose.layer_statistics import LayerStatistics
 from m2d.choose.names import DEFAULTS, identifiers, resolve
 from m2d.choose.neuron_statistics import CHOICES, neuron_plan
@@ -63,6 +65,7 @@ def convert(
     length: int | None = None,
     column: str | None = None,
     bos: str = BOS[0],
+    budget: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
     batch: int = 8,
@@ -85,6 +88,8 @@ def convert(
     gives the calibration tokens; sequences and length say how many (512 of 2048; of a token file
     all, or the first `sequences` of windows of `length`). column, bos: of text and dataset, as in
     m2d tokenize.
+    budget: "30min" of time or "2M" tokens, from which sequences and align follow; the recipe is
+    then "best" unless another one is named.
     dtype: of the computation and of the student; the checkpoint's by default.
 
     Raises UserError on bad input, before anything is written.
@@ -95,6 +100,11 @@ def convert(
         "granularity": granularity, "choice": choice, "scaling": scaling, "fold": fold,
         "alpha": alpha, "refit": refit, "weighting": weighting, "align": align,
     }  # fmt: skip
+    limit = parse_budget(budget) if budget else None
+    if limit and (sequences is not None or align is not None):
+        raise UserError("--budget chooses --sequences and --align; give one or the other")
+    if limit:
+        recipe = recipe or "best"
     how = settled(recipe, given)
     for kind, value, known in (
         ("refit", how.refit or VARIANTS[0], VARIANTS),
@@ -116,17 +126,37 @@ def convert(
     compute_dtype, chosen_device = pick_dtype(dtype, opened.dtype), pick_device(device)
 
     vocabulary = opened.config.get_text_config().vocab_size
-    if tokens is not None:
-        if column is not None or bos != BOS[0]:
-            raise UserError("--column and --bos go with --text and --dataset")
-        input_ids = cut_to(read_tokens(tokens, vocabulary), sequences, length)
-        source = Path(tokens).name
-    else:
-        input_ids = tokens_from(
-            opened.folder, text, dataset, length or LENGTH, sequences or SEQUENCES,
+    if tokens is not None and (column is not None or bos != BOS[0]):
+        raise UserError("--column and --bos go with --text and --dataset")
+
+    def calibration(count: int | None) -> Tensor:
+        """So many sequences; None: all."""
+        if tokens is not None:
+            return cut_to(read_tokens(tokens, vocabulary), count, length)
+        return tokens_from(
+            opened.folder, text, dataset, length or LENGTH, count,
             column=column, bos=bos, vocab_size=vocabulary,
         )  # fmt: skip
-        source = ", ".join(Path(file).name for file in text) if text else str(dataset)
+
+    if limit:
+        at_most = calibration_at_most(calibration)
+        probe = at_most(2 * batch)
+        speed = None
+        if limit.seconds is not None:
+            neurons = chosen_width(opened, width, params) if how.granularity == "neurons" else None
+            path = neurons or opened.top_k * opened.expert_width
+            speed = measure_speed(
+                reopened(opened), how, probe, batch, path, compute_dtype, chosen_device
+            )
+        fits = choose(limit, how, probe.shape[1], speed)
+        input_ids = at_most(fits.sequences)
+        how = replace(how, align=fits.steps)
+        say(describe_choice(budget or "", fits, input_ids, limit, speed))
+    else:
+        input_ids = calibration(sequences or (SEQUENCES if tokens is None else None))
+    source = str(dataset)
+    if tokens is not None or text:
+        source = ", ".join(Path(file).name for file in ([tokens] if tokens else text or []))
     if (how.refit or how.fold or how.align) and len(input_ids) < 2:
         raise UserError(
             "fold, refit and align need at least 2 sequences: some to fit, some to hold out"
@@ -170,6 +200,18 @@ def convert(
             settings = AlignSettings(steps=how.align)
             last = align_student(reopened(opened), last, out, input_ids, settings, **options)
     return last
+
+
+def calibration_at_most(calibration: Callable[[int | None], Tensor]) -> Callable[[int], Tensor]:
+    """The same, which gives fewer sequences where the text or file has no more."""
+
+    def at_most(count: int) -> Tensor:
+        try:
+            return calibration(count)
+        except UserError:
+            return calibration(None)[:count]
+
+    return at_most
 
 
 def reopened(teacher: Teacher) -> Teacher:
@@ -275,6 +317,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--tokens", metavar="FILE", help="token file from m2d tokenize")
     parser.add_argument(
         "--sequences", type=positive, help=f"(default: {SEQUENCES}; of a token file, all)"
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="TIME|TOKENS",
+        help="such as 30min or 2M: choose --sequences and --align to fit (recipe: best)",
     )
     parser.add_argument(
         "--length", type=positive, help=f"tokens each (default: {LENGTH}; of a token file, its own)"

@@ -290,7 +290,7 @@ def test_step_by_step_is_the_best_recipe(
     fold_file, neurons = str(tmp_path / "fold"), str(tmp_path / "neurons")
     merged, refitted, last = (str(tmp_path / name) for name in ("merged", "refitted", "last"))
     for words in (
-        ["fold", teacher, fold_file, *tokens],
+        ["fold", teacher, fold_file, *tokens],  # by neuron, as the recipe does
         ["neurons", teacher, neurons, *tokens, "--choice", "greedy", "--fold", fold_file],
         ["merge", teacher, merged, "--neurons", neurons, "--choice", "greedy", "--fold", fold_file],
         ["refit", merged, teacher, refitted, *tokens],

@@ -137,7 +137,9 @@ def wait_for(engine: Engine, file: Path, log: Any) -> None:
         if engine.process.poll() is not None:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines()
-            faults = [line for line in lines if "error" in line.lower()] or lines[-1:] or ["no word"]
+            faults = (
+                [line for line in lines if "error" in line.lower()] or lines[-1:] or ["no word"]
+            )
             raise UserError(f"{file}: llama.cpp does not load it ({faults[0].strip()[-200:]})")
         with contextlib.suppress(urllib.error.URLError, ConnectionError):
             with urllib.request.urlopen(f"{engine.address}/health", timeout=5):

@@ -297,7 +297,7 @@ def add_mode_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=MODES,
-        default=MODES[0],
+        default="neuron",
         help="fixed: --alpha in every layer; layer, neuron: fitted on the tokens (%(default)s)",
     )
     parser.add_argument("--alpha", type=float, default=1.0, help="for --mode fixed (%(default)s)")
