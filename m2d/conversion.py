@@ -53,6 +53,7 @@ def convert(
     choice: str | None = None,
     width: int | None = None,
     params: int | None = None,
+    multiple: int | None = None,
     fold: str | None = None,
     alpha: float | None = None,
     refit: str | None = None,
@@ -79,7 +80,8 @@ def convert(
     layer; the router's top-k by default, which copies them exactly.
     granularity: "experts", or "neurons" to keep single neurons of all experts instead, by `choice`
     "contribution" or "greedy": `width` of a layer, or as many as a student of `params` parameters
-    has (default: the width of the router's top-k).
+    has (default: the width of the router's top-k); the student's FFN is a multiple of `multiple`
+    wide (default: 256, as llama.cpp's quantised types want it).
     fold: "fixed" (by `alpha`), "layer" or "neuron" to put the router into the experts' gates first.
     refit: "layer" or "sequential" to solve the down projections anew, with the tokens' `weighting`
     "equal" or "relative". align: steps in which each layer's FFN is then trained on the teacher's
@@ -122,7 +124,7 @@ def convert(
     }
     require_absent(out)
     opened = open_teacher(teacher)
-    check_size(opened, how.granularity, keep, width, params)
+    check_size(opened, how.granularity, keep, width, params, multiple)
     compute_dtype, chosen_device = pick_dtype(dtype, opened.dtype), pick_device(device)
 
     vocabulary = opened.config.get_text_config().vocab_size
@@ -143,7 +145,11 @@ def convert(
         probe = at_most(2 * batch)
         speed = None
         if limit.seconds is not None:
-            neurons = chosen_width(opened, width, params) if how.granularity == "neurons" else None
+            neurons = (
+                chosen_width(opened, width, params, multiple)
+                if how.granularity == "neurons"
+                else None
+            )
             path = neurons or opened.top_k * opened.expert_width
             speed = measure_speed(
                 reopened(opened), how, probe, batch, path, compute_dtype, chosen_device
@@ -164,7 +170,7 @@ def convert(
     stream = StreamedTeacher(opened, compute_dtype, chosen_device)
     folds = collect_folds(stream, input_ids, batch, how.fold, how.alpha) if how.fold else None
     if how.granularity == "neurons":
-        neurons = chosen_width(opened, width, params)
+        neurons = chosen_width(opened, width, params, multiple)
         greedy = neurons if how.choice == "greedy" else None
         layers = collect(stream, input_ids, batch, greedy, folds=folds)
         plan = neuron_plan(layers, neurons, how.choice)
@@ -222,13 +228,18 @@ def reopened(teacher: Teacher) -> Teacher:
 
 
 def check_size(
-    teacher: Teacher, granularity: str, keep: int | None, width: int | None, params: int | None
+    teacher: Teacher,
+    granularity: str,
+    keep: int | None,
+    width: int | None,
+    params: int | None,
+    multiple: int | None,
 ) -> None:
     """Raises UserError unless these options go together and fit the teacher."""
     if granularity == "neurons":
         if keep is not None:
             raise UserError("--keep counts experts; with --granularity neurons give --width")
-        chosen_width(teacher, width, params)
+        chosen_width(teacher, width, params, multiple)
         return
     if width is not None or params is not None:
         raise UserError(

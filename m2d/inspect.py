@@ -172,7 +172,9 @@ def main(args: argparse.Namespace) -> None:
     if has_experts(args.teacher):
         teacher = open_teacher(args.teacher, config_only=True)
         asked = args.width is not None or args.params is not None
-        width = chosen_width(teacher, args.width, args.params) if asked else None
+        width = None
+        if asked:
+            width = chosen_width(teacher, args.width, args.params, args.multiple)
         facts = inspect(teacher, args.sequences, args.length, width)
     else:
         facts = inspect_dense(args.teacher)

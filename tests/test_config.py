@@ -92,7 +92,7 @@ def test_paper_scale(original: dict[str, Any]) -> None:
         ("students.do-acp-k4.keep", ..., "students.do-acp-k4: the key keep of a student of "
          "experts is missing (K, the number"),
         ("students.neurons-refit.keep", 4, "students.neurons-refit: unknown key 'keep' of a "
-         "student of neurons; allowed: refit, weighting, neurons, width, params"),
+         "student of neurons; allowed: refit, weighting, neurons, width, params, multiple"),
         ("students.neurons-refit", {"neurons": "greedy", "width": 8, "params": 9},
          "students.neurons-refit: width and params exclude each other"),
         ("students.neurons-refit", {"neurons": "greedy", "weighting": "equal"},

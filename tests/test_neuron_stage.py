@@ -20,7 +20,7 @@ from m2d.inspect import inspect
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import count_parameters, open_teacher
 from m2d.statistics.neurons import collect, read_neurons, write_neurons
-from m2d.students.widths import number_of_parameters, parameters_of, width_for
+from m2d.students.widths import chosen_width, number_of_parameters, parameters_of, width_for
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(3))
 EXPERTS, WIDTH, TOP_K, HIDDEN = 8, 16, 2, 32  # of conftest's teacher
@@ -113,10 +113,10 @@ def test_stages_write_the_student_of_these_neurons(
     teacher, tokens = str(tiny_teacher), str(tmp_path / "tokens.safetensors")
     calls = [
         ["neurons", teacher, "n.safetensors", "--tokens", tokens],
-        ["merge", teacher, "s", "--neurons", "n.safetensors", "--width", "40"],
+        ["merge", teacher, "s", "--neurons", "n.safetensors", "--width", "40", "--multiple", "8"],
         ["merge", teacher, "again", "--plan", "s/plan.json"],
     ]
-    calls[0] += ["--choice", "greedy", "--width", "40"]
+    calls[0] += ["--choice", "greedy", "--width", "40", "--multiple", "8"]
     calls[1] += ["--choice", choice]
     here = {"n.safetensors", "s", "again", "s/plan.json"}
     for call in calls:
@@ -176,7 +176,7 @@ def test_greedy_neurons_in_one_call_are_those_of_the_stages(
     tokens = str(tmp_path / "tokens.safetensors")
     out = m2d.convert(
         tiny_teacher, tmp_path / "s", tokens=tokens, dtype="float32",
-        granularity="neurons", choice="greedy", width=40, refit="layer", weighting="relative",
+        granularity="neurons", choice="greedy", width=40, multiple=8, refit="layer", weighting="relative",
     )  # fmt: skip
     layers = collect(stream_of(tiny_teacher), TOKENS, 8, greedy=40)
     plan = json.loads((out / "plan.json").read_text())
@@ -193,7 +193,7 @@ def test_other_families_keep_neurons_beside_their_shared_experts(
     folder = family_teachers.make(name, tmp_path / "t")
     out = m2d.convert(
         folder, tmp_path / "s", text=[tiny_text], sequences=60, length=16,
-        granularity="neurons", width=48, refit="layer",
+        granularity="neurons", width=48, multiple=8, refit="layer",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(out)
     teacher = open_teacher(folder)
@@ -220,9 +220,9 @@ def test_parameters_give_the_width(tiny_teacher: Path, tmp_path: Path) -> None:
     teacher = open_teacher(tiny_teacher)
     for width in (8, 40, EXPERTS * WIDTH):
         exact = parameters_of(teacher, width)
-        assert width_for(teacher, exact) == width
+        assert width_for(teacher, exact, 8) == width
         if width > 8:
-            assert width_for(teacher, exact - 1) == width - 8
+            assert width_for(teacher, exact - 1, 8) == width - 8
     per_neuron = 2 * 3 * HIDDEN  # two layers; gate, up and down
     assert width_for(teacher, parameters_of(teacher, 40) + per_neuron, multiple=1) == 41
     with pytest.raises(UserError, match=r"--params 1,000: too few; .* has at least"):
@@ -238,9 +238,32 @@ def test_parameters_give_the_width(tiny_teacher: Path, tmp_path: Path) -> None:
     }
     # A layer that is dense in the teacher sets a least width, below which nothing is saved.
     mixed = open_teacher(make_teacher(tmp_path / "t", mlp_only_layers=[0], intermediate_size=64))
-    assert width_for(mixed, parameters_of(mixed, 64)) == 64
+    assert width_for(mixed, parameters_of(mixed, 64), 8) == 64
     with pytest.raises(UserError, match="too few"):
-        width_for(mixed, parameters_of(mixed, 64) - 1)
+        width_for(mixed, parameters_of(mixed, 64) - 1, 8)
+
+
+def test_widths_are_what_quantised_types_want(tmp_path: Path) -> None:
+    teacher = open_teacher(make_teacher(tmp_path / "t", moe_intermediate_size=300))
+    exact = parameters_of(teacher, 512)
+    assert width_for(teacher, exact) == 512
+    assert width_for(teacher, exact - 1) == 256
+    assert chosen_width(teacher, 768, None) == 768
+    assert chosen_width(teacher, None, None) == 2 * 300  # whole experts, whatever their width
+    with pytest.raises(
+        UserError, match=r"--width 300: not a multiple of 256.* give 256 or 512, or"
+    ):
+        chosen_width(teacher, 300, None)
+    assert chosen_width(teacher, 300, None, 4) == 300
+    with pytest.raises(UserError, match=r"not a multiple of 256.* give 2304, or --multiple 2"):
+        chosen_width(teacher, 2398, None)
+    # Shared experts of 64 are appended: 192 neurons make 256.
+    shared = open_teacher(family_teachers.make("deepseek_v2", tmp_path / "d"))
+    assert shared.shared_width == 64
+    assert width_for(shared, parameters_of(shared, 192)) == 192
+    assert chosen_width(shared, 192, None) == 192
+    with pytest.raises(UserError, match="with the shared experts' 64 not a multiple of 256"):
+        chosen_width(shared, 256, None)
 
 
 @pytest.mark.parametrize(

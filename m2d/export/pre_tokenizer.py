@@ -30,7 +30,7 @@ GPT4O = (
 )
 DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
-    "[一-龥぀-ゟ゠-ヿ]+",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",  # Chinese, hiragana, katakana
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|" + SPACES,
 )
@@ -77,6 +77,5 @@ def _patterns(step: dict[str, Any] | None) -> list[str] | None:
         return [r"\p{N}"]
     if step.get("type") == "Split" and not step.get("invert"):
         pattern = (step.get("pattern") or {}).get("Regex")
-        # "Removed" would make another text of it; a pattern that matches everything is kept either way
         return [pattern] if pattern and step.get("behavior") == "Isolated" else None
     return None

@@ -43,17 +43,22 @@ def text_options(config: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[
     return found
 
 
+# Of a student of single neurons: the keys that say how many it keeps.
+SIZE_KEYS = ("width", "params", "multiple")
+
+
 def neurons_options(name: str) -> list[str]:
     """The name of neuron statistics as options: greedy-width-512 is --choice greedy --width 512."""
     choice, *size = name.split("-")
-    return ["--choice", choice, *([f"--{size[0]}", size[1]] if size else [])]
+    words = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(size)]
+    return ["--choice", choice, *words]
 
 
 def neurons_name(student: Mapping[str, Any]) -> str:
     """The neuron statistics of a student: any width has the same, but the greedy order's."""
     if student["neurons"] == "contribution":
         return "contribution"
-    size = [f"-{key}-{student[key]}" for key in ("width", "params") if key in student]
+    size = [f"-{key}-{student[key]}" for key in SIZE_KEYS if key in student]
     return "".join(["greedy", *size])
 
 

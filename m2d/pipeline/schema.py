@@ -196,6 +196,8 @@ class NeuronsStudent(RefitSettings):
     """Neurons of a layer; the width of the router's top-k experts if left out."""
     params: Count | None = None
     """In place of the width, the student's parameters at most."""
+    multiple: Count | None = None
+    """What the width of the student's FFN is a multiple of; 256 if left out."""
 
     @model_validator(mode="after")
     def _width(self) -> "NeuronsStudent":

@@ -247,11 +247,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     greedy = args.choice == "greedy"
-    for name in ("width", "params", "candidates"):
+    for name in ("width", "params", "multiple", "candidates"):
         if getattr(args, name) and not greedy:
             raise UserError(f"--{name}: is of use with --choice greedy alone")
     teacher = open_teacher(args.teacher)
-    width = chosen_width(teacher, args.width, args.params) if greedy else None
+    width = None
+    if greedy:
+        width = chosen_width(teacher, args.width, args.params, args.multiple)
     tokens = read_tokens(args.tokens, teacher.config.vocab_size)
     dtype = pick_dtype(args.dtype, teacher.dtype)
     stream = StreamedTeacher(teacher, dtype, pick_device(args.device))

@@ -220,7 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # The option that says which kind of student -> those that it needs, and those that may go with it.
 OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plan": ((), ()),
-    "neurons": ((), ("choice", "width", "params")),
+    "neurons": ((), ("choice", "width", "params", "multiple")),
     "ranking": (("statistics", "gram", "grouping", "scaling", "keep"), ()),
 }
 
@@ -251,7 +251,7 @@ def plan_of(args: argparse.Namespace, teacher: Teacher) -> tuple[Plan, dict[str,
         )
         return plan, {"plan": sha256_of(args.plan)}
     if kind == "neurons":
-        width = chosen_width(teacher, args.width, args.params)
+        width = chosen_width(teacher, args.width, args.params, args.multiple)
         layers, about = read_neurons(args.neurons)
         if about.get("fold_sha256") != (sha256_of(args.fold) if args.fold else None):
             raise UserError(

@@ -59,7 +59,7 @@ rule merge_neurons:
     params:
         model=model_of,
         choice=lambda wildcards: student_of(wildcards)["neurons"],
-        size=lambda wildcards: as_options(student_of(wildcards), ("width", "params")),
+        size=lambda wildcards: as_options(student_of(wildcards), commands.SIZE_KEYS),
         code=code("m2d.students.merge", grouping=[], scaling=[]),
     shell:
         """
