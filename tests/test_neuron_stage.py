@@ -176,7 +176,8 @@ def test_greedy_neurons_in_one_call_are_those_of_the_stages(
     tokens = str(tmp_path / "tokens.safetensors")
     out = m2d.convert(
         tiny_teacher, tmp_path / "s", tokens=tokens, dtype="float32",
-        granularity="neurons", choice="greedy", width=40, multiple=8, refit="layer", weighting="relative",
+        granularity="neurons", choice="greedy", width=40, multiple=8, refit="layer",
+        weighting="relative",
     )  # fmt: skip
     layers = collect(stream_of(tiny_teacher), TOKENS, 8, greedy=40)
     plan = json.loads((out / "plan.json").read_text())

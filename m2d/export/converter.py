@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,9 +98,10 @@ def run_converter(
     pre = pre or pre_tokenizer_of(student)
     # The converter reads files only; nothing may be fetched.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-c", RUN, str(converter), pre or "", str(staged)]
+    command += ["--outfile", str(out), "--outtype", kind]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(converter), pre or "", str(staged)]
-        + ["--outfile", str(out), "--outtype", kind],
+        command,
         env=environment,
         capture_output=True,
         text=True,
@@ -112,6 +114,8 @@ def run_converter(
                 "pattern one that m2d knows; give --pre NAME, one of those in llama.cpp's "
                 "src/llama-vocab.cpp"
             )
+        if missing := re.search(r"No module named '(\w+)'", done.stderr):
+            raise UserError(f"llama.cpp's converter needs {missing[1]}: pip install {missing[1]}")
         words = [line for line in done.stderr.strip().splitlines() if line.strip()]
         raise UserError(f"{student}: {NAME} failed ({words[-1].strip() if words else 'no word'})")
     return "m2d: pre-tokenizer by its pattern" in done.stderr

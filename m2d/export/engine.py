@@ -141,9 +141,11 @@ def wait_for(engine: Engine, file: Path, log: Any) -> None:
                 [line for line in lines if "error" in line.lower()] or lines[-1:] or ["no word"]
             )
             raise UserError(f"{file}: llama.cpp does not load it ({faults[0].strip()[-200:]})")
-        with contextlib.suppress(urllib.error.URLError, ConnectionError):
-            with urllib.request.urlopen(f"{engine.address}/health", timeout=5):
-                return
+        with (
+            contextlib.suppress(urllib.error.URLError, ConnectionError),
+            urllib.request.urlopen(f"{engine.address}/health", timeout=5),
+        ):
+            return
         time.sleep(0.1)
     raise UserError(f"{file}: llama.cpp did not begin to serve it within {START_SECONDS:.0f} s")
 

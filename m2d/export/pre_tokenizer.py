@@ -1,8 +1,8 @@
 """llama.cpp's name for the way in which a byte-level BPE tokenizer splits text.
 
 llama.cpp's converter knows a pre-tokenizer by the hash of what the whole tokenizer makes of one
-text, so every new vocabulary is unknown to it, however common its splitting is. The splitting itself
-stands in tokenizer.json. The patterns below are those of which llama.cpp's source
+text, so every new vocabulary is unknown to it, however common its splitting is. The splitting
+itself stands in tokenizer.json. The patterns below are those of which llama.cpp's source
 (src/llama-vocab.cpp) says that the name stands for them.
 """
 
