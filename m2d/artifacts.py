@@ -27,6 +27,7 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
     temporary = holder / final.name
     try:
         yield temporary
+        set_modes(temporary)
         flush_to_disk(temporary)
         if temporary.is_dir() and final.is_dir():
             # Only an empty folder may be replaced: rename(2) refuses any other.
@@ -36,6 +37,21 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
         fsync(final.parent)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+# The process's umask can only be read by setting it, which threads would see.
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
+
+def set_modes(path: Path) -> None:
+    """Give files and folders the permissions that `open` and `mkdir` would have given them.
+
+    safetensors makes its files for their owner alone, and a server is often another user.
+    """
+    for place in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if not place.is_symlink():
+            place.chmod((0o777 if place.is_dir() else 0o666) & ~UMASK)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
         "m2d.pipeline.estimate",
         "what a target of the workflow will take, before it runs",
     ),
+    "download": ("m2d.models.download", "fetch a model from the hub into its cache"),
     "tokenize": ("m2d.tokens.tokenize", "make a token file from text"),
     "stats": ("m2d.statistics.routing", "routing statistics of every layer and expert"),
     "gram": ("m2d.statistics.gram", "Gram statistics of every layer's experts"),

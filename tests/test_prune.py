@@ -336,7 +336,7 @@ def test_bad_input_is_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
         ([dense, str(out), *tokens, "--layers", "5"], "--layers 5: must lie between 1 and"),
         ([str(place / "llama"), str(out), *tokens, "--hidden-size", "20"], "not a multiple of"),
         ([dense, str(tmp_path / "full"), *tokens], "exists already"),
-        ([dense, str(out), "--tokens", dense], "not a readable token file"),
+        ([dense, str(out), "--tokens", dense], "not a regular file; make a token file"),
     ):
         assert main(["prune", *command]) == 2
         error = capsys.readouterr().err.strip()

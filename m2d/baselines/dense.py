@@ -16,6 +16,7 @@ from m2d.baselines.importance import Cut, Shape
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family
+from m2d.models.hub import name_of
 from m2d.models.teacher import (
     Teacher,
     check_weights,
@@ -81,8 +82,7 @@ def open_dense(model: str | Path, config_only: bool = False) -> Teacher:
         top_k="",
         expert_width="",
     )
-    name = folder.resolve().name if Path(model).exists() else str(model)
-    dense = Teacher(folder, name, raw, config, family, make_skeleton(config, folder), [])
+    dense = Teacher(folder, name_of(model), raw, config, family, make_skeleton(config, folder), [])
     check_weights(dense)
     return dense
 

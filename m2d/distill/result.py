@@ -14,12 +14,10 @@ from transformers import PretrainedConfig
 from m2d import __version__
 from m2d.artifacts import atomic_path, read_json, sha256_of
 from m2d.distill.trainer import Recipe
+from m2d.models.hub import licence_of, revision_of
 from m2d.models.teacher import count_parameters, make_skeleton
 from m2d.students.card import model_card
-
-# What is written anew; all other files of the student's folder (tokenizer, plan.json) are copied.
-WRITTEN_ANEW = ("config.json", "README.md", "m2d.json", "metrics.jsonl")
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+from m2d.students.files import copy_others
 
 
 def identity(recipe: Recipe, student: Path, teacher: Path, tokens: Path) -> dict[str, Any]:
@@ -62,13 +60,22 @@ def other_work(out: Path, work: Path) -> list[Path]:
 
 
 def record_of(
-    student: Path, teacher_name: str, teacher_config: Any, recipe: Recipe, run: dict, tokens: Path
+    student: Path,
+    teacher_name: str,
+    teacher: Path,
+    teacher_config: Any,
+    recipe: Recipe,
+    run: dict,
+    tokens: Path,
 ) -> dict[str, Any]:
     """m2d.json of the distilled folder: the student's own record and how it was distilled."""
     own = student / "m2d.json"
     record: dict[str, Any] = read_json(own) if own.is_file() else {}
     if "teacher" not in record:
-        record["teacher"] = {"name": teacher_name, "model_type": teacher_config.model_type}
+        about = {"name": teacher_name, "model_type": teacher_config.model_type}
+        revision = revision_of(teacher)
+        about |= {"revision": revision} if revision else {}
+        record["teacher"] = {**about, **licence_of(teacher)}
     with safe_open(tokens, "np") as file:
         metadata = file.metadata() or {}
         length = file.get_slice("input_ids").get_shape()[1]
@@ -106,10 +113,7 @@ def save_result(
     record["dtype"] = str(dtype).removeprefix("torch.")
     with atomic_path(out) as folder:
         fresh.save_pretrained(folder)
-        for file in sorted(student.iterdir()):
-            anew = file.name in WRITTEN_ANEW or file.name.endswith(WEIGHTS)
-            if file.is_file() and not anew:
-                shutil.copyfile(file, folder / file.name)
+        copy_others(student, folder)
         shutil.copyfile(metrics, folder / "metrics.jsonl")
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         (folder / "m2d.json").write_text(text, encoding="utf-8")

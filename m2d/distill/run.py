@@ -186,6 +186,7 @@ def run(args: argparse.Namespace) -> None:
 
     from m2d.distill.loading import expand_routing
     from m2d.distill.processes import broadcast, start_processes
+    from m2d.models.hub import name_of
     from m2d.models.load import load_model
     from m2d.models.teacher import dtype_of, locate, pick_dtype, quiet, read_config
     from m2d.tokens.dataset import PackedTokens
@@ -263,7 +264,13 @@ def run(args: argparse.Namespace) -> None:
         weights = training.trained_weights()
     if first:
         record = result.record_of(
-            student_folder, Path(args.teacher).name, teacher_config, recipe, identity, args.tokens
+            student_folder,
+            name_of(args.teacher),
+            teacher_folder,
+            teacher_config,
+            recipe,
+            identity,
+            args.tokens,
         )
         metrics = work / "metrics.jsonl"
         with quiet():

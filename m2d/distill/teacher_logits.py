@@ -23,6 +23,7 @@ from m2d.distill.logits import (
     write_shard,
 )
 from m2d.errors import UserError
+from m2d.models.hub import name_of
 from m2d.models.teacher import dtype_of, locate, pick_device, pick_dtype, read_config
 from m2d.options import add_compute_options, positive
 from m2d.progress import progress, say
@@ -73,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
         "kind": args.kind,
         "size": args.size,
         "seed": args.seed if args.kind == "sampled" else None,
-        "teacher": Path(args.teacher).name,
+        "teacher": Path(name_of(args.teacher)).name,
         "teacher_config_sha256": sha256_of(folder / "config.json"),
         "teacher_top_k": args.teacher_top_k,
         "tokens_sha256": sha256_of(args.tokens),

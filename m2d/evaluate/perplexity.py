@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2d.artifacts import write_json
+from m2d.models.hub import name_of
 from m2d.models.load import load_model
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import (
@@ -112,7 +113,7 @@ def measure(
         network = load_model(folder, config, chosen, device)
         parts = progress(tokens.split(batch), "perplexity, batches")
         sums = torch.cat([loaded_nll(network, part, batch, device) for part in parts])
-    return make_result(Path(model).name, sums, tokens)
+    return make_result(Path(name_of(model)).name, sums, tokens)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,6 @@
 """A teacher on disk: its config, its family, and its module tree without weights."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from m2d.errors import UserError
 from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, tensors_of
 from m2d.models.derive import describe
 from m2d.models.families import EMO, FAMILIES, Family
+from m2d.models.hub import locate, name_of
 from m2d.models.parameters import check_tensors, wanted_of
 from m2d.models.schemes import read_scheme
 from m2d.models.skeleton import (
@@ -64,7 +64,6 @@ MOST = {
     "num_local_experts": 100_000,
     "n_routed_experts": 100_000,
 }
-WANTED_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass
@@ -113,27 +112,6 @@ class Teacher:
     def dtype(self) -> torch.dtype:
         """The checkpoint's own dtype: the config's, else that of the embeddings on disk."""
         return dtype_of(self.config, self.folder)
-
-
-def locate(model: str | Path, config_only: bool = False) -> Path:
-    """The local folder of a model: the path itself, or the hub's files fetched into the cache."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    if folder.is_file() and folder.name == "config.json":
-        return folder.parent
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or folder.is_absolute():
-        raise UserError(f"{model}: no such folder, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["config.json"] if config_only else WANTED_FILES
-        return Path(snapshot_download(str(model), allow_patterns=wanted))
-    except Exception as error:  # the hub client raises many kinds, all meaning "not available"
-        raise UserError(
-            f"{model}: no such folder here, and the hub did not give it "
-            f"({type(error).__name__}); check the path, or download it on a connected machine"
-        ) from None
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
@@ -214,8 +192,7 @@ def open_teacher(model: str | Path, config_only: bool = False) -> Teacher:
     moe_layers = [
         i for i, layer in enumerate(layers_of(skeleton)) if has_module(layer, family.experts)
     ]
-    name = folder.resolve().name if Path(model).exists() else str(model)
-    teacher = Teacher(folder, name, raw, config, family, skeleton, moe_layers)
+    teacher = Teacher(folder, name_of(model), raw, config, family, skeleton, moe_layers)
     if not moe_layers:
         raise UserError(f"{folder}: no layer has experts; this model is dense already")
     check_weights(teacher)

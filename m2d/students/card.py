@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from m2d import __version__
 from m2d.choose.names import TERMS
 
@@ -69,7 +71,7 @@ def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None =
     distillation = _section(provenance, "distillation")
     baseline = _section(provenance, "baseline")
     parts = [
-        _front_matter(name, teacher.get("license")),
+        _front_matter(name, teacher),
         f"# A dense student of {name or 'a Mixture-of-Experts teacher'}\n",
         _introduction(name, teacher, student, bool(distillation), baseline.get("kind")),
         "## How it was made\n",
@@ -82,7 +84,7 @@ def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None =
         + _distillation(distillation),
         _scores(scores),
         _loading(provenance.get("dtype")),
-        _licence(teacher.get("license")),
+        _licence(teacher),
         f"Made with m2d {provenance.get('m2d_version', __version__)}, after "
         f"[Pruning and Distilling Mixture-of-Experts into Dense Language Models]({METHOD}). "
         + ("" if baseline else "`plan.json` names the experts of every layer; ")
@@ -96,9 +98,13 @@ def _section(provenance: Mapping[str, Any], key: str) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {"name": str(value)}
 
 
-def _front_matter(name: str | None, licence: str | None) -> str:
+def _front_matter(name: str | None, teacher: dict[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += [f"license: {licence}"] if licence else []
+    for key in ("license", "license_name", "license_link"):
+        if value := teacher.get(key):
+            several = key == "license" and ", " in str(value)
+            shown = str(value).split(", ") if several else str(value)
+            lines.append(yaml.safe_dump({key: shown}, width=1000, allow_unicode=True).strip())
     # The hub checks base_model, so only something shaped like a hub id may stand there.
     if name and name.count("/") == 1 and name[0] not in "./~":
         lines += [f"base_model: {name}"]
@@ -264,10 +270,13 @@ def _loading(dtype: str | None) -> str:
     )
 
 
-def _licence(licence: str | None) -> str:
-    stated = f"`{licence}`, inherited" if licence else "Inherited"
+def _licence(teacher: dict[str, Any]) -> str:
+    licence, link = teacher.get("license"), teacher.get("license_link")
+    called = teacher.get("license_name") or licence
+    stated = f"`{called}`, inherited" if called else "Inherited"
     return (
         f"## Licence\n\n{stated} from the teacher, whose terms apply to this student"
-        + ("." if licence else "; the teacher's folder did not state one.")
+        + ("." if called else "; the teacher's folder did not state one.")
+        + (f" See {link}." if called and link else "")
         + "\n"
     )

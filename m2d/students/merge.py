@@ -6,8 +6,6 @@ meta device) those to write.
 
 import argparse
 import json
-import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,26 +21,16 @@ from m2d.choose.ranking import rankings_from_dict
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Content, Spec, write_checkpoint
 from m2d.models.folded import Folds, folds_of
+from m2d.models.hub import licence_of, revision_of
 from m2d.models.teacher import Teacher, count_parameters, open_teacher, pick_dtype
 from m2d.options import DTYPES, positive
 from m2d.progress import progress, say
 from m2d.statistics.files import read_layers
 from m2d.statistics.neurons import read_neurons
 from m2d.students.card import model_card
+from m2d.students.files import WRITTEN_ANEW, copy_others
 from m2d.students.tensors import StudentTensors, build_student_skeleton, stored_shapes
 from m2d.students.widths import add_width_options, chosen_width
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def plan_width(teacher: Teacher, plan: Plan) -> int:
@@ -114,7 +102,7 @@ def write_folder(
 
         write_checkpoint(folder, specs, tensor)
         next(bar, None)
-        copy_tokenizer(source, folder)
+        copy_others(source, folder, (*WRITTEN_ANEW, "plan.json"))
         for name, value in {"config.json": config, "m2d.json": record, **others}.items():
             write_into(folder, name, value)
         (folder / "README.md").write_text(model_card(record), encoding="utf-8")
@@ -125,13 +113,6 @@ def write_into(folder: Path, name: str, value: dict[str, Any]) -> None:
     """A JSON file in a folder that is itself still temporary."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     (folder / name).write_text(text, encoding="utf-8")
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's and the generation config's files, those that exist."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def describe(
@@ -160,7 +141,8 @@ def about_teacher(teacher: Teacher) -> dict[str, Any]:
     about = {
         "name": teacher.name,
         "model_type": teacher.config.model_type,
-        "license": licence_of(teacher.folder),
+        "revision": revision_of(teacher.folder),
+        **licence_of(teacher.folder),
         "config_sha256": sha256_of(teacher.folder / "config.json"),
     }
     return {
@@ -173,16 +155,6 @@ def about_student(teacher: Teacher, skeleton: torch.nn.Module) -> dict[str, Any]
     """What every student's m2d.json says of the student."""
     architecture = teacher.family.student_architecture
     return {"student": {"architecture": architecture, "parameters": count_parameters(skeleton)}}
-
-
-def licence_of(folder: Path) -> str | None:
-    """The licence that a model card's front matter names, if there is one."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
-    found = front and re.search(r"^license:\s*([\w.-]+)\s*$", front.group(1), re.M)
-    return found.group(1) if found else None
 
 
 def plan_from_files(

@@ -4,7 +4,6 @@ Shapes: W the student's intermediate size, H hidden size.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from m2d.models.checkpoint import Checkpoint, shard_files, write_checkpoint
 from m2d.models.entries import read_entry, read_header
 from m2d.models.families import Family
 from m2d.students.card import model_card
+from m2d.students.files import copy_others
 
 WRITTEN_ANEW = ("README.md", "m2d.json", "metrics.jsonl")
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
 
 FeedForward = Mapping[str, Tensor]
 """Tensors of one FFN: gate_proj.weight and up_proj.weight [W, H], down_proj.weight [H, W], their
@@ -91,10 +90,7 @@ def rewrite_student(
     with atomic_path(out) as folder:
         folder.mkdir()
         write_checkpoint(folder, {n: (e.dtype, e.shape) for n, e in entries.items()}, tensor)
-        for file in sorted(student_folder.iterdir()):
-            anew = file.name in WRITTEN_ANEW or file.name.endswith(WEIGHTS)
-            if file.is_file() and not anew:
-                shutil.copyfile(file, folder / file.name)
+        copy_others(student_folder, folder, WRITTEN_ANEW)
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         (folder / "m2d.json").write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(model_card(about), encoding="utf-8")

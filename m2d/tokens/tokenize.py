@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from m2d.artifacts import sha256_of
 from m2d.errors import UserError, first_line
+from m2d.models.hub import name_of
 from m2d.models.teacher import locate, read_config
 from m2d.options import positive
 from m2d.progress import say
@@ -173,7 +174,7 @@ def main(args: argparse.Namespace) -> None:
         source = ", ".join(Path(file).name for file in args.text)
     else:
         documents, source = dataset_documents(args.dataset, args.column), args.dataset
-    notes = {"tokenizer": Path(args.teacher).name, "source": source}
+    notes = {"tokenizer": Path(name_of(args.teacher)).name, "source": source}
     tokenizer = load_tokenizer(args.teacher)
     rows = write_packed(
         args.out, documents, tokenizer, args.length, args.sequences, notes, identity,

@@ -16,14 +16,7 @@ rule download_teacher:
     threads: 1
     params:
         model=model_of,
-        # A pattern for each option. Folders hold copies in other formats (GPT-OSS: original/).
-        files=[
-            word
-            for pattern in ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-            for word in ("--include", pattern)
-        ],
     shell:
         """
-        env -u HF_HUB_OFFLINE hf download {params.model:q} {params.files:q} --exclude '*/*' \
-            >{log:q} 2>&1
+        env -u HF_HUB_OFFLINE m2d download {params.model:q} >{log:q} 2>&1
         """

@@ -1,0 +1,42 @@
+"""The files of a student's folder beside its weights and its config."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from m2d.artifacts import read_json
+from m2d.errors import UserError
+from m2d.models.hub import other_files
+from m2d.progress import say
+
+# What every writer of a student makes anew.
+WRITTEN_ANEW = ("config.json", "README.md", "m2d.json", "metrics.jsonl")
+
+
+def copy_others(source: Path, folder: Path, anew: tuple[str, ...] = WRITTEN_ANEW) -> None:
+    """Copy a model's tokenizer, templates, licences and the like, all but what is written anew.
+
+    Raises UserError for a link that leads out of the model's folder.
+    """
+    for name in other_files(source):
+        if str(name) not in anew:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+    if code := tokenizer_code(source):
+        say(
+            f"{source}: its tokenizer is Python code of the repository ({code}), which m2d does "
+            "not run; it is copied, and loads with trust_remote_code alone"
+        )
+
+
+def tokenizer_code(folder: Path) -> str | None:
+    """The class that a tokenizer needs from Python files of its folder; None for a stock one."""
+    file = folder / "tokenizer_config.json"
+    try:
+        content: Any = read_json(file) if file.is_file() else {}
+    except UserError:
+        return None
+    named = content.get("auto_map") if isinstance(content, dict) else None
+    value = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    first = next(filter(None, value), None) if isinstance(value, list) else value
+    return str(first) if first and not (folder / "tokenizer.json").is_file() else None
