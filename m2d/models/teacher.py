@@ -1,6 +1,7 @@
 """A teacher on disk: its config, its family, and its module tree without weights."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
