@@ -24,7 +24,7 @@ import torch
 from closed_form_report import write_report
 from torch import Tensor
 
-from m2d.choose.neuron_statistics import NeuronStatistics, neuron_plan
+from m2d.choose.neuron_statistics import CHOICES, NeuronStatistics, neuron_plan
 from m2d.choose.neurons import allot_widths, neuron_layer_plan
 from m2d.choose.plan import Plan, make_plan
 from m2d.choose.scoring import SCORINGS
@@ -112,7 +112,7 @@ def allotted(layers: list[NeuronStatistics], total: int) -> Plan:
     return Plan(
         "neuron_greedy", "neurons", "mean_weight", None,
         tuple(
-            neuron_layer_plan(layer.layer, layer.neurons(width, "greedy"), layer.mean_weight)
+            neuron_layer_plan(layer.layer, CHOICES["greedy"](layer, width), layer.mean_weight)
             for layer, width in zip(layers, widths, strict=True)
         ),
     )  # fmt: skip

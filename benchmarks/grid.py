@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from common import report
 
-from m2d.choose.names import PAPER_SCORINGS
+from m2d.choose.scoring import SCORINGS
 
 SAMPLED = (("gld_reap", "round_robin", "uniform", 4), ("reap", "output_cluster", "uniform", 16))
 CONFIGURATIONS = 350
@@ -39,7 +39,7 @@ def main() -> None:
     tokens = args.results / "tokens" / "test.safetensors"
     with tempfile.TemporaryDirectory() as scratch:
         grid, rows, distinct = 0.0, 0, 0
-        for scoring in PAPER_SCORINGS:
+        for scoring in SCORINGS.paper:
             out = Path(scratch) / f"{scoring}.parquet"
             ranking = ["--ranking", args.results / "rankings" / f"{scoring}.json"]
             keeps = ["--keeps", "4,8,16,24,32"]
@@ -59,7 +59,7 @@ def main() -> None:
         "separate conversions / grid",
         CONFIGURATIONS * each / grid,
         ">= 20",
-        f"{len(PAPER_SCORINGS)} `m2d grid` jobs one after the other, start-up included, against "
+        f"{len(SCORINGS.paper)} `m2d grid` jobs one after the other, start-up included, against "
         f"`m2d merge` and `m2d perplexity` of {len(SAMPLED)} sampled configurations, scaled to 350",
         grid_seconds=round(grid, 1),
         seconds_each=round(each, 2),

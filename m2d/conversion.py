@@ -11,10 +11,11 @@ from torch import Tensor
 
 from m2d.artifacts import require_absent, sha256_of
 from m2d.budget import choose, describe_choice, measure_speed, parse_budget
+from m2d.choose.grouping import GROUPINGS
 from m2d.choose.layer_statistics import LayerStatistics
-from m2d.choose.names import DEFAULTS, identifiers, resolve
 from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.plan import Plan, check_keep, make_plan
+from m2d.choose.scaling import SCALINGS
 from m2d.choose.scoring import SCORINGS
 from m2d.errors import UserError
 from m2d.models.folded import Folds
@@ -45,8 +46,8 @@ def convert(
     out: str | Path,
     *,
     recipe: str | None = None,
-    scoring: str = DEFAULTS["scoring"],
-    grouping: str = DEFAULTS["grouping"],
+    scoring: str = SCORINGS.default,
+    grouping: str = GROUPINGS.default,
     scaling: str | None = None,
     keep: int | None = None,
     granularity: str | None = None,
@@ -118,9 +119,9 @@ def convert(
         if value not in known:
             raise UserError(f"unknown {kind} {value!r}; known: {', '.join(known)}")
     methods = {
-        "scoring": resolve("scoring", scoring),
-        "grouping": resolve("grouping", grouping),
-        "scaling": resolve("scaling", how.scaling or DEFAULTS["scaling"]),
+        "scoring": SCORINGS.resolve(scoring),
+        "grouping": GROUPINGS.resolve(grouping),
+        "scaling": SCALINGS.resolve(how.scaling or SCALINGS.default),
     }
     require_absent(out)
     opened = open_teacher(teacher)
@@ -294,8 +295,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="paper: whole experts (default); best: greedy neurons, fold, refit and align. Options "
         "take the place of what it says",
     )
-    for kind, default in DEFAULTS.items():
-        known = ", ".join(identifiers(kind))
+    for methods in (SCORINGS, GROUPINGS, SCALINGS):
+        kind, default, known = methods.kind, methods.default, ", ".join(methods.names())
         own = None if kind == "scaling" else default
         parser.add_argument(f"--{kind}", default=own, help=f"{known} (default: {default})")
     parser.add_argument("--keep", type=positive, help="experts to keep, K (default: the top-k)")
@@ -303,7 +304,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--granularity", choices=GRANULARITIES, help="what is kept (default: experts)"
     )
     parser.add_argument(
-        "--choice", choices=CHOICES, help=f"of single neurons (default: {CHOICES[0]})"
+        "--choice", choices=CHOICES, help=f"of single neurons (default: {CHOICES.default})"
     )
     add_width_options(parser)
     parser.add_argument(

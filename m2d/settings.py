@@ -1,18 +1,28 @@
 """Settings: each is declared once, as a field of a pydantic model.
 
 Its type, default, bounds and description (the docstring below it) stand there; the JSON schema, the
-command line's options and the error lines follow. Nothing here imports torch or numpy.
+command line's options and the error lines follow. Nothing here imports torch.
 """
 
 import argparse
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import core_schema
 
 from m2d.errors import UserError
+from m2d.methods import table
 
 SHOWN = 100  # characters of a user's value in an error line
 
@@ -37,6 +47,28 @@ def as_number(value: Any) -> Any:
         except ValueError:
             raise ValueError("is not a number") from None
     return value
+
+
+@dataclass(frozen=True)
+class MethodOf:
+    """Marks a setting that names a method: Annotated[str, MethodOf("scoring")].
+
+    By identifier or term; kept as the identifier.
+    """
+
+    kind: str
+
+    def resolve(self, value: Any) -> Any:
+        try:
+            return table(self.kind).resolve(value) if isinstance(value, str) else value
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_before_validator_function(self.resolve, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "enum": table(self.kind).words()}
 
 
 Number = BeforeValidator(as_number)
@@ -83,6 +115,8 @@ def explain(model: Any, error: ValidationError) -> str:
     if kind == "string_pattern_mismatch":
         return f"{key}{shown}: lower-case letters, digits, '-', '_' and '.' are allowed"
     message = first["msg"].removeprefix("Value error, ")
+    if message.startswith("unknown "):
+        return key + message
     message = message.replace("Input should be", "must be").replace("valid dictionary", "mapping")
     if not isinstance(value, str | int | float | NoneType):
         return f"{key}{message[:1].lower()}{message[1:]}"
@@ -157,6 +191,9 @@ def add_option(parser: Any, model: type[BaseModel], name: str) -> None:
     kind, _ = _inner(field.annotation)
     default = None if field.is_required() else field.default
     help_text = (field.description or "").replace("%", "%%")
+    for mark in field.metadata:
+        if isinstance(mark, MethodOf):
+            help_text += f" One of {', '.join(table(mark.kind).names())}."
     if kind is bool:
         parser.add_argument(option(name), action="store_true", help=help_text)
         return

@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
-from m2d.choose.names import PAPER_GROUPINGS, PAPER_SCALINGS, PAPER_SCORINGS
+from m2d.choose.grouping import GROUPINGS
+from m2d.choose.scaling import SCALINGS
+from m2d.choose.scoring import SCORINGS
 
 TEACHER = "demo-teacher"
 KEEPS = (4, 8, 16, 24, 32)
@@ -25,16 +27,16 @@ def write_json(path: Path, content: object) -> Path:
 
 def perplexity_of(scoring: str, grouping: str, scaling: str, keep: int) -> float:
     """A made-up effect of each axis; K = 4 leaves nothing to group."""
-    value = 2.9 + 0.12 * PAPER_SCORINGS[::-1].index(scoring)
-    value += 0.15 * KEEPS.index(keep) + 0.08 * PAPER_SCALINGS.index(scaling)
-    return float(np.exp(value + (0.05 * PAPER_GROUPINGS.index(grouping) if keep > 4 else 0)))
+    value = 2.9 + 0.12 * SCORINGS.paper[::-1].index(scoring)
+    value += 0.15 * KEEPS.index(keep) + 0.08 * SCALINGS.paper.index(scaling)
+    return float(np.exp(value + (0.05 * GROUPINGS.paper.index(grouping) if keep > 4 else 0)))
 
 
 def write_grid(folder: Path) -> list[Path]:
     files = []
-    for scoring in PAPER_SCORINGS:
+    for scoring in SCORINGS.paper:
         rows = []
-        for grouping, scaling, keep in itertools.product(PAPER_GROUPINGS, PAPER_SCALINGS, KEEPS):
+        for grouping, scaling, keep in itertools.product(GROUPINGS.paper, SCALINGS.paper, KEEPS):
             perplexity = perplexity_of(scoring, grouping, scaling, keep)
             plan = f"{scoring}-{scaling}-{keep}" + (f"-{grouping}" if keep > 4 else "")
             rows.append(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from m2d.choose.names import identifiers
+from m2d.choose.scoring import SCORINGS
 from m2d.pipeline.digest import code_digest, load, reachable
 
 SOURCES = {
@@ -144,7 +144,7 @@ def test_unknown_entry() -> None:
 def test_rank_reaches_its_method_and_no_other() -> None:
     names = {
         scoring: {name for _, name in reachable("m2d.statistics.rank", {"scoring": [scoring]})}
-        for scoring in identifiers("scoring")
+        for scoring in SCORINGS
     }
     for scoring, found in names.items():
         assert found & set(names) == {scoring}

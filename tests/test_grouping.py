@@ -8,7 +8,6 @@ from choose_layers import hand_layer, permuted, simulate
 
 from m2d.choose import grouping
 from m2d.choose.grouping import GROUPINGS, cluster, merge_weights
-from m2d.choose.names import PAPER_GROUPINGS, TERMS
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -188,7 +187,3 @@ def test_merge_weights_by_hand():
     assert merge_weights([1, 3], importance) == [0.5, 0.5]
     assert merge_weights([2], importance) == [1.0]
     np.testing.assert_allclose(merge_weights([4, 5], importance), [0.25, 0.75], rtol=1e-3)
-
-
-def test_the_tables_agree():
-    assert tuple(GROUPINGS) == tuple(TERMS["grouping"]) == PAPER_GROUPINGS

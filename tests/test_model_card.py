@@ -10,10 +10,9 @@ import yaml
 from safetensors.numpy import save_file
 
 from m2d import cli
-from m2d.choose.names import TERMS
 from m2d.errors import UserError
 from m2d.report import cards as card
-from m2d.students.card import GROUPINGS, SCALINGS, SCORINGS, model_card
+from m2d.students.card import model_card
 
 PROVENANCE = {
     "teacher": {"name": "Qwen/Qwen3-30B-A3B", "model_type": "qwen3_moe", "license": "apache-2.0"},
@@ -63,12 +62,6 @@ def test_pure_pruning_without_distillation() -> None:
     # A folder's name is no hub id, and the teacher stated no licence.
     assert set(front_matter(text)) == {"library_name", "pipeline_tag", "tags"}
     assert "did not state one" in text
-
-
-def test_every_method_is_put_in_words() -> None:
-    assert set(TERMS["scoring"]) <= set(SCORINGS)
-    assert set(TERMS["grouping"]) <= set(GROUPINGS)
-    assert set(TERMS["scaling"]) <= set(SCALINGS)
 
 
 def test_nothing_known_still_gives_a_card() -> None:

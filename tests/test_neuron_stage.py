@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import m2d
 from m2d.artifacts import sha256_of
+from m2d.choose.neuron_statistics import CHOICES
 from m2d.cli import main
 from m2d.errors import UserError
 from m2d.inspect import inspect
@@ -72,7 +73,7 @@ def test_the_greedy_order_lowers_the_error_as_it_says(tiny_teacher: Path) -> Non
     count = EXPERTS * WIDTH
     layers = collect(stream_of(tiny_teacher), TOKENS, 4, greedy=8, candidates=count)
     for layer, expected in zip(layers, reference(tiny_teacher), strict=True):
-        neurons, gains = layer.neurons(8, "greedy"), layer.greedy_gain
+        neurons, gains = CHOICES["greedy"](layer, 8), layer.greedy_gain
         assert neurons.shape == (8, 2)
         assert gains is not None
         # The first is the one that alone explains most (the ridge is small).
@@ -85,9 +86,9 @@ def test_the_greedy_order_lowers_the_error_as_it_says(tiny_teacher: Path) -> Non
             float(alone.max() / expected["y"].square().sum()), rel=1e-4
         )
         assert 0 < gains.sum() < 1
-        assert layer.neurons(3, "greedy").tolist() == neurons[:3].tolist()
+        assert CHOICES["greedy"](layer, 3).tolist() == neurons[:3].tolist()
         with pytest.raises(UserError, match="have 8 neurons in greedy order, not 9"):
-            layer.neurons(9, "greedy")
+            CHOICES["greedy"](layer, 9)
 
 
 def test_file_holds_what_was_collected(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -99,9 +100,9 @@ def test_file_holds_what_was_collected(tiny_teacher: Path, tmp_path: Path) -> No
         assert (before.layer, before.n_tokens) == (after.layer, after.n_tokens)
         np.testing.assert_allclose(after.weighted_square_sum, before.weighted_square_sum, 1e-6)
         assert after.greedy is not None
-        assert after.greedy.tolist() == before.neurons(5, "greedy").tolist()
-        assert after.neurons(40, "contribution").tolist() == (
-            before.neurons(40, "contribution").tolist()
+        assert after.greedy.tolist() == CHOICES["greedy"](before, 5).tolist()
+        assert CHOICES["contribution"](after, 40).tolist() == (
+            CHOICES["contribution"](before, 40).tolist()
         )
 
 
@@ -133,7 +134,7 @@ def test_stages_write_the_student_of_these_neurons(
     layers, _ = read_neurons(tmp_path / "n.safetensors")
     for index, layer in enumerate(plan["layers"]):
         kept = {(g["experts"][0], n) for g in layer["groups"] for n in g["neurons"]}
-        assert kept == {tuple(pair) for pair in layers[index].neurons(40, choice).tolist()}
+        assert kept == {tuple(pair) for pair in CHOICES[choice](layers[index], 40).tolist()}
         column = 0
         for group in layer["groups"]:
             (expert,) = group["experts"]
@@ -183,7 +184,7 @@ def test_greedy_neurons_in_one_call_are_those_of_the_stages(
     plan = json.loads((out / "plan.json").read_text())
     for layer, found in zip(layers, plan["layers"], strict=True):
         kept = {(g["experts"][0], n) for g in found["groups"] for n in g["neurons"]}
-        assert kept == {tuple(pair) for pair in layer.neurons(40, "greedy").tolist()}
+        assert kept == {tuple(pair) for pair in CHOICES["greedy"](layer, 40).tolist()}
     assert json.loads((out / "m2d.json").read_text())["refit"]["weighting"] == "relative"
 
 

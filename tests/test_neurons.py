@@ -6,9 +6,9 @@ import pytest
 from m2d.choose.greedy import greedy_regression
 from m2d.choose.neurons import (
     allot_widths,
-    contribution,
     greedy_neurons,
     neuron_layer_plan,
+    routed_contribution,
     top_neurons,
 )
 from m2d.choose.plan import Plan, plan_from_dict
@@ -16,7 +16,9 @@ from m2d.errors import UserError
 
 
 def test_contribution_by_hand():
-    score = contribution(np.array([[8.0, 2.0], [0.0, 4.0]]), np.array([[1.0, 3.0], [9.0, 2.0]]), 4)
+    score = routed_contribution(
+        np.array([[8.0, 2.0], [0.0, 4.0]]), np.array([[1.0, 3.0], [9.0, 2.0]]), 4
+    )
     assert score.tolist() == [[2.0, 1.5], [0.0, 2.0]]
     assert top_neurons(score, 3).tolist() == [[0, 0], [1, 1], [0, 1]]  # a tie: the lower expert
     assert top_neurons(score, 4).tolist()[-1] == [1, 0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from choose_layers import hand_layer, simulate
 
-from m2d.choose.names import PAPER_GROUPINGS, PAPER_SCALINGS, PAPER_SCORINGS
+from m2d.choose.grouping import GROUPINGS
 from m2d.choose.plan import (
     Group,
     LayerPlan,
@@ -19,6 +19,7 @@ from m2d.choose.plan import (
     plan_from_dict,
 )
 from m2d.choose.ranking import Ranking
+from m2d.choose.scaling import SCALINGS
 from m2d.choose.scoring import SCORINGS
 from m2d.errors import UserError
 
@@ -78,8 +79,8 @@ def test_plan_by_hand():
     }
 
 
-@pytest.mark.parametrize("scaling", [*PAPER_SCALINGS, "least_squares"])
-@pytest.mark.parametrize("grouping", PAPER_GROUPINGS)
+@pytest.mark.parametrize("scaling", [*SCALINGS.paper, "least_squares"])
+@pytest.mark.parametrize("grouping", GROUPINGS.paper)
 def test_plan_survives_its_file(grouping, scaling):
     for scoring, keep in itertools.product(SCORINGS, (3, 5, 12)):
         plan = plan_of(scoring, grouping, scaling, keep)
@@ -101,9 +102,9 @@ def test_neurons_survive_their_file():
 
 
 def test_pure_pruning_is_the_same_for_every_grouping():
-    for scaling in (*PAPER_SCALINGS, "least_squares"):
+    for scaling in (*SCALINGS.paper, "least_squares"):
         plans = [
-            plan_of(grouping=grouping, scaling=scaling, keep=3) for grouping in PAPER_GROUPINGS
+            plan_of(grouping=grouping, scaling=scaling, keep=3) for grouping in GROUPINGS.paper
         ]
         assert len(distinct_plans(plans)) == 1
         for layer in plans[0].layers:
@@ -113,9 +114,9 @@ def test_pure_pruning_is_the_same_for_every_grouping():
 def test_the_grid_has_no_more_students_than_it_must():
     plans = [
         plan_of(scoring, grouping, scaling, keep)
-        for scoring in PAPER_SCORINGS
-        for grouping in PAPER_GROUPINGS
-        for scaling in PAPER_SCALINGS
+        for scoring in SCORINGS.paper
+        for grouping in GROUPINGS.paper
+        for scaling in SCALINGS.paper
         for keep in (3, 4, 6, 9, 12)
     ]
     assert len(plans) == 350

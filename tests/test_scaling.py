@@ -6,7 +6,6 @@ from choose_layers import hand_layer, simulate
 
 from m2d.choose import scaling
 from m2d.choose.grouping import merge_weights
-from m2d.choose.names import PAPER_SCALINGS, TERMS
 from m2d.choose.scaling import SCALINGS
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -43,7 +42,7 @@ def test_proportional_by_hand():
 def test_both_keep_the_total_weight():
     layer, _, _ = simulate(top_k=3)
     importance = np.random.default_rng(0).random(12)
-    for name in PAPER_SCALINGS:
+    for name in SCALINGS.paper:
         assert SCALINGS[name](GROUPS, importance, layer).sum() == pytest.approx(1.0)
 
 
@@ -89,7 +88,3 @@ def test_least_squares_of_copies_and_of_nothing():
     np.testing.assert_allclose(found, [0.5, 0.5], rtol=2e-3)
     nothing = hand_layer(2, 2, gram=np.zeros((2, 2)), output_dot=[0, 0], weight_sum=[5, 5])
     assert scaling.least_squares([[0], [1]], np.ones(2), nothing).tolist() == [0.5, 0.5]
-
-
-def test_the_tables_agree():
-    assert tuple(SCALINGS) == tuple(TERMS["scaling"]) == (*PAPER_SCALINGS, "least_squares")

@@ -9,7 +9,6 @@ from choose_layers import hand_layer, permuted, simulate
 
 from m2d.choose import scoring
 from m2d.choose.greedy import first_maximum, greedy_log_determinant
-from m2d.choose.names import PAPER_SCORINGS, TERMS
 from m2d.choose.ranking import Ranking, rankings_from_dict, rankings_to_dict, round_significant
 from m2d.choose.scoring import SCORINGS
 from m2d.errors import UserError
@@ -157,7 +156,7 @@ def test_experts_never_selected_come_last():
     routing = layer.routing
     for name in ("n_selected", "prob_sum_selected", "weight_sum", "out_sq_norm_sum_selected"):
         getattr(routing, name)[dead] = 0.0
-    for name in set(PAPER_SCORINGS) - {"preselect_prob"}:
+    for name in set(SCORINGS.paper) - {"preselect_prob"}:
         ranking = SCORINGS[name](layer)
         assert ranking.order[-2:].tolist() == dead, name
         assert ranking.importance[dead].tolist() == [0.0, 0.0]
@@ -255,11 +254,6 @@ def test_omp_passes_over_a_copy():
     gram = [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
     layer = hand_layer(3, 1, gram=gram, output_dot=[2, 2, 0.1], output_sq_norm=5.0)
     assert scoring.omp(layer).order.tolist() == [0, 2, 1]
-
-
-def test_the_tables_agree():
-    assert tuple(SCORINGS) == tuple(TERMS["scoring"]) == (*PAPER_SCORINGS, "omp")
-    assert scoring.PAPER_SCORINGS == PAPER_SCORINGS
 
 
 def test_ranking_survives_its_file():

@@ -12,8 +12,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from m2d.cli import main as m2d
 from m2d.distill import teacher_logits as outputs
+from m2d.distill.divergences import forward_kl
 from m2d.distill.logits import StoredLogits, sampled_outputs, top_outputs
-from m2d.distill.loss import forward_kl, partial_forward_kl
+from m2d.distill.loss import partial_forward_kl
 from m2d.errors import UserError
 
 

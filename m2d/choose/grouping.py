@@ -1,6 +1,7 @@
 """Grouping methods: deal the K kept experts of a layer into k groups, each merged into one.
 
-A method is one function (kept, importance, layer, num_groups) -> groups, listed in GROUPINGS:
+A method is one function (kept, importance, layer, num_groups) -> groups, entered in GROUPINGS where
+it is written; a card says "Merged: into k groups by ..." and then its words.
   kept        [K] expert ids, best first (a prefix of a ranking's order)
   importance  [E] by expert id
   layer       the layer's statistics
@@ -15,16 +16,18 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import squareform
 
 from m2d.choose.layer_statistics import Indices, LayerStatistics, Matrix, Vector
+from m2d.methods import Table
 
 Groups = list[list[int]]
 Linkage = Literal["average", "complete", "single"]
 Metric = Literal["euclidean", "cosine"]
 
+GROUPINGS: Table[Callable[..., Groups]] = Table("grouping", default="round_robin")
 
+
+@GROUPINGS.method("RR", "dealt to the groups in turn, in order of importance")
 def round_robin(
     kept: Indices,
     importance: Vector,
@@ -42,6 +45,7 @@ def round_robin(
     return canonical([kept[start::num_groups].tolist() for start in range(num_groups)])
 
 
+@GROUPINGS.method("WC", "clustered by the distances between their weights")
 def weight_cluster(
     kept: Indices,
     importance: Vector,
@@ -54,6 +58,7 @@ def weight_cluster(
     return cluster(kept, layer.gram.weight_gram, num_groups, metric, method)
 
 
+@GROUPINGS.method("RC", "clustered by the distances between their router rows")
 def router_cluster(
     kept: Indices,
     importance: Vector,
@@ -66,6 +71,7 @@ def router_cluster(
     return cluster(kept, layer.gram.router_gram, num_groups, metric, method)
 
 
+@GROUPINGS.method("AB", "joined to the most similar of the leading experts")
 def dominant_expert(
     kept: Indices,
     importance: Vector,
@@ -93,6 +99,7 @@ def dominant_expert(
     return canonical(groups)
 
 
+@GROUPINGS.method("OC", "clustered by the distances between their outputs")
 def output_cluster(
     kept: Indices,
     importance: Vector,
@@ -103,16 +110,6 @@ def output_cluster(
 ) -> Groups:
     """OC: clusters of the experts' outputs on the calibration tokens, distances from G."""
     return cluster(kept, layer.gram.gram, num_groups, metric, method)
-
-
-GROUPINGS: dict[str, Callable[[Indices, Vector, LayerStatistics, int], Groups]] = {
-    "round_robin": round_robin,
-    "weight_cluster": weight_cluster,
-    "router_cluster": router_cluster,
-    "dominant_expert": dominant_expert,
-    "output_cluster": output_cluster,
-}
-"""Identifier -> method."""
 
 
 def merge_weights(group: list[int], importance: Vector) -> list[float]:
@@ -138,6 +135,10 @@ def cluster(
 
     gram: [E, E] inner products that give the distances. The order of `kept` does not matter.
     """
+    # Here, so that listing the methods does not take scipy's half second.
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
+
     experts = np.sort(kept)
     groups = {index: [int(expert)] for index, expert in enumerate(experts)}
     merges = len(experts) - num_groups

@@ -3,14 +3,17 @@
 Shapes: E routed experts, I an expert's intermediate size, n neurons in an order of choice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from m2d.choose.layer_statistics import Indices, Matrix, Vector
-from m2d.choose.neurons import check_width, contribution, neuron_layer_plan, top_neurons
+from m2d.choose.neurons import check_width, neuron_layer_plan, routed_contribution, top_neurons
 from m2d.choose.plan import Plan
 from m2d.errors import UserError
+from m2d.methods import Table
 
-CHOICES = ("contribution", "greedy")
+Choice = Callable[["NeuronStatistics", int], Indices]
+CHOICES: Table[Choice] = Table("neurons", default="contribution")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,36 +34,45 @@ class NeuronStatistics:
     greedy_gain: Vector | None = None
     """[n]: by how much each lowers the squared error, as a share of sum_t ||y_t||^2."""
 
-    def neurons(self, width: int, choice: str) -> Indices:
-        """The `width` neurons [width, 2] to keep. Raises UserError where there are not so many."""
-        if choice == "contribution":
-            score = contribution(self.weighted_square_sum, self.down_square_norm, self.n_tokens)
-            return top_neurons(score, width)
-        if choice != "greedy":
-            raise UserError(f"unknown choice of neurons {choice!r}; known: {', '.join(CHOICES)}")
-        if self.greedy is None or len(self.greedy) < width:
-            given = 0 if self.greedy is None else len(self.greedy)
-            raise UserError(
-                f"the statistics have {given} neurons in greedy order, not {width}; run m2d "
-                f"neurons with --choice greedy --width {width}"
-            )
-        check_width(width, len(self.greedy))
-        return self.greedy[:width]
+
+@CHOICES.method(
+    "contribution", "those that contribute most to the routed output, each by itself", paper=False
+)
+def contribution(layer: NeuronStatistics, width: int) -> Indices:
+    """The highest routed contribution, mean_t (w_te h_tej)^2 ||d_ej||^2, each neuron by itself."""
+    score = routed_contribution(layer.weighted_square_sum, layer.down_square_norm, layer.n_tokens)
+    return top_neurons(score, width)
+
+
+@CHOICES.method(
+    "greedy", "one by one, each that a refitted down projection gains most from", paper=False
+)
+def greedy(layer: NeuronStatistics, width: int) -> Indices:
+    """One by one, each that a refitted down projection gains most from; see `greedy_neurons`."""
+    if layer.greedy is None or len(layer.greedy) < width:
+        given = 0 if layer.greedy is None else len(layer.greedy)
+        raise UserError(
+            f"the statistics have {given} neurons in greedy order, not {width}; run m2d "
+            f"neurons with --choice greedy --width {width}"
+        )
+    check_width(width, len(layer.greedy))
+    return layer.greedy[:width]
 
 
 def neuron_plan(layers: list[NeuronStatistics], width: int, choice: str = "contribution") -> Plan:
-    """The plan that keeps `width` single neurons in every layer.
+    """The plan that keeps `width` single neurons in every layer, chosen by a method of CHOICES.
 
     Each expert's down projection is scaled by its mean routing weight, until a refit replaces it.
     Raises UserError for an unknown choice, or a width that the statistics cannot give.
     """
+    choice = CHOICES.resolve(choice)
     return Plan(
         scoring=f"neuron_{choice}",
         grouping="neurons",
         scaling="mean_weight",
         keep=None,
         layers=tuple(
-            neuron_layer_plan(layer.layer, layer.neurons(width, choice), layer.mean_weight)
+            neuron_layer_plan(layer.layer, CHOICES[choice](layer, width), layer.mean_weight)
             for layer in layers
         ),
     )

@@ -20,7 +20,9 @@ Neurons = Indices
 """[n, 2]: expert and column, one neuron a row."""
 
 
-def contribution(weighted_square_sum: Matrix, down_square_norm: Matrix, n_tokens: int) -> Matrix:
+def routed_contribution(
+    weighted_square_sum: Matrix, down_square_norm: Matrix, n_tokens: int
+) -> Matrix:
     """Routed contribution [E, I] of each neuron: mean_t (w_te h_tej)^2 * ||d_ej||^2.
 
     weighted_square_sum [E, I]: sum_t (w_te h_tej)^2; down_square_norm [E, I]: ||d_ej||^2.

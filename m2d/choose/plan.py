@@ -23,9 +23,9 @@ from typing import Any
 
 from m2d.choose.grouping import GROUPINGS, merge_weights
 from m2d.choose.layer_statistics import LayerStatistics
-from m2d.choose.names import resolve
 from m2d.choose.ranking import Ranking, round_significant
 from m2d.choose.scaling import SCALINGS
+from m2d.choose.scoring import SCORINGS
 from m2d.errors import UserError
 
 FORMAT = 1
@@ -110,8 +110,8 @@ def make_plan(
     layers and rankings go together; there are as many groups as the router's top-k. Raises
     UserError when an unknown method is named, or `keep` lies outside [top-k, E].
     """
-    scoring, grouping = resolve("scoring", scoring), resolve("grouping", grouping)
-    scaling = resolve("scaling", scaling)
+    scoring, grouping = SCORINGS.resolve(scoring), GROUPINGS.resolve(grouping)
+    scaling = SCALINGS.resolve(scaling)
     return Plan(
         scoring,
         grouping,

@@ -1,7 +1,8 @@
 """Scaling methods: the constant s_g of each group's down projection, in place of routing weights.
 
 The student computes sum_g s_g f_g(x). A method is one function (groups, importance, layer) -> [k],
-listed in SCALINGS: groups as expert ids, importance [E] by expert id, the layer's statistics.
+entered in SCALINGS where it is written: groups as expert ids, importance [E] by expert id, the
+layer's statistics. A card says "Scaled:" and then its words.
 Source: arXiv:2605.28207; the readings of our own are named arguments, listed in docs/method.md.
 """
 
@@ -12,16 +13,24 @@ import numpy as np
 
 from m2d.choose.grouping import Groups, merge_weights
 from m2d.choose.layer_statistics import LayerStatistics, Vector
-from m2d.choose.names import PAPER_SCALINGS
+from m2d.methods import Table
 
-__all__ = ["PAPER_SCALINGS", "SCALINGS"]
+SCALINGS: Table[Callable[..., Vector]] = Table("scaling", default="uniform")
 
 
+@SCALINGS.method(
+    "uniform",
+    "every group's down projection is scaled alike, by the mean routing weight",
+)
 def uniform(groups: Groups, importance: Vector, layer: LayerStatistics) -> Vector:
     """s_g = m / k, m the mean total routing weight (1 if top-k weights are renormalised)."""
     return np.full(len(groups), total_weight(layer) / len(groups))
 
 
+@SCALINGS.method(
+    "proportional",
+    "each group's down projection is scaled by its share of the importance",
+)
 def proportional(
     groups: Groups,
     importance: Vector,
@@ -40,6 +49,11 @@ def proportional(
     return total_weight(layer) * (share / total)
 
 
+@SCALINGS.method(
+    "least-squares",
+    "each group's down projection is scaled to fit the routed output best",
+    paper=False,
+)
 def least_squares(
     groups: Groups, importance: Vector, layer: LayerStatistics, ridge: float = 1e-6
 ) -> Vector:
@@ -61,14 +75,6 @@ def least_squares(
     values, vectors = np.linalg.eigh((gram + gram.T) / 2)
     inverse = 1.0 / (np.maximum(values, 0.0) + ridge * mean)
     return vectors @ (inverse * (vectors.T @ (mix @ layer.gram.output_dot)))
-
-
-SCALINGS: dict[str, Callable[[Groups, Vector, LayerStatistics], Vector]] = {
-    "uniform": uniform,
-    "proportional": proportional,
-    "least_squares": least_squares,
-}
-"""Identifier -> method. PAPER_SCALINGS names the paper's two among them."""
 
 
 def total_weight(layer: LayerStatistics) -> float:

@@ -1,7 +1,8 @@
 """Scoring methods: each ranks the routed experts of one layer from its statistics alone.
 
 Shapes: E routed experts, K picked ones, k the router's top-k. A method is one function from
-LayerStatistics to Ranking, listed in SCORINGS under its identifier. Ties go to the lower expert id.
+LayerStatistics to Ranking, entered in SCORINGS where it is written; a card says "Kept: K experts,
+chosen by ..." and then its words. Ties go to the lower expert id.
 Source: "Pruning and Distilling Mixture-of-Experts into Dense Language Models" (arXiv:2605.28207);
 where it leaves room, the reading is a named argument, and docs/method.md lists them.
 """
@@ -13,22 +14,25 @@ import numpy as np
 
 from m2d.choose.greedy import greedy_log_determinant, greedy_regression
 from m2d.choose.layer_statistics import Indices, LayerStatistics, Vector
-from m2d.choose.names import PAPER_SCORINGS
 from m2d.choose.ranking import Ranking, by_importance
+from m2d.methods import Table
 
-__all__ = ["PAPER_SCORINGS", "SCORINGS", "Ranking"]
+SCORINGS: Table[Callable[..., Ranking]] = Table("scoring", default="gld_reap")
 
 
+@SCORINGS.method("SF", "how often the router selects them")
 def selection_freq(layer: LayerStatistics) -> Ranking:
     """SF: the share of tokens that select the expert, n_selected / n_tokens."""
     return by_importance(layer.routing.n_selected / layer.routing.n_tokens)
 
 
+@SCORINGS.method("PP", "their mean router probability before top-k")
 def preselect_prob(layer: LayerStatistics) -> Ranking:
     """PP: the mean router probability before top-k, prob_sum / n_tokens."""
     return by_importance(layer.routing.prob_sum / layer.routing.n_tokens)
 
 
+@SCORINGS.method("PS", "their mean routing weight after top-k")
 def postselect_prob(
     layer: LayerStatistics, over: Literal["all_tokens", "selected_tokens"] = "all_tokens"
 ) -> Ranking:
@@ -42,11 +46,13 @@ def postselect_prob(
     return by_importance(routing.weight_sum / routing.n_tokens)
 
 
+@SCORINGS.method("CP", "their mean router probability where they are selected")
 def conditional_prob(layer: LayerStatistics) -> Ranking:
     """CP: the mean router probability where selected, prob_sum_selected / n_selected, or 0."""
     return by_importance(conditional_probability(layer))
 
 
+@SCORINGS.method("ACP", "their router probability where selected, times the size of their output")
 def reap(
     layer: LayerStatistics, norm_over: Literal["all_tokens", "selected_tokens"] = "all_tokens"
 ) -> Ranking:
@@ -57,6 +63,11 @@ def reap(
     return by_importance(activated_probability(layer, norm_over))
 
 
+@SCORINGS.method(
+    "DO-CP",
+    "a greedy D-optimal choice: router probability where selected, penalising experts "
+    "whose outputs resemble those already chosen",
+)
 def gram_logdet(
     layer: LayerStatistics,
     kernel: Literal["gram", "cosine"] = "gram",
@@ -67,6 +78,11 @@ def gram_logdet(
     return Ranking(d_optimal_order(layer, importance, kernel, ridge), importance)
 
 
+@SCORINGS.method(
+    "DO-ACP",
+    "a greedy D-optimal choice: router probability where selected times output size, "
+    "penalising experts whose outputs resemble those already chosen",
+)
 def gld_reap(
     layer: LayerStatistics,
     norm_over: Literal["all_tokens", "selected_tokens"] = "all_tokens",
@@ -78,6 +94,11 @@ def gld_reap(
     return Ranking(d_optimal_order(layer, importance, kernel, ridge), importance)
 
 
+@SCORINGS.method(
+    "OMP",
+    "a greedy choice of those whose outputs together best fit the routed output",
+    paper=False,
+)
 def omp(layer: LayerStatistics, ridge: float = 1e-6) -> Ranking:
     """OMP: greedy forward selection by the reduction in ||y - sum_e a_e f_e||^2, from G, b and c.
 
@@ -89,19 +110,6 @@ def omp(layer: LayerStatistics, ridge: float = 1e-6) -> Ranking:
     importance = _ratio(dot**2, np.diagonal(gram) * total)
     order, _ = greedy_regression(gram, dot[:, None], layer.num_experts, ridge, importance)
     return Ranking(order, importance)
-
-
-SCORINGS: dict[str, Callable[[LayerStatistics], Ranking]] = {
-    "selection_freq": selection_freq,
-    "preselect_prob": preselect_prob,
-    "postselect_prob": postselect_prob,
-    "conditional_prob": conditional_prob,
-    "reap": reap,
-    "gram_logdet": gram_logdet,
-    "gld_reap": gld_reap,
-    "omp": omp,
-}
-"""Identifier -> method. PAPER_SCORINGS names the paper's seven among them."""
 
 
 def conditional_probability(layer: LayerStatistics) -> Vector:

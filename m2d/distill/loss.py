@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from m2d.distill.divergences import DIVERGENCES
+
 # Logits of one chunk: enough tokens for the matrix products to run at full speed.
 CHUNK_ELEMENTS = 2**26
 SMALLEST_CHUNK, LARGEST_CHUNK = 256, 2048
@@ -76,48 +78,6 @@ class Head(NamedTuple):
     def logits(self, hidden_CH: Tensor) -> Tensor:
         """float32 logits [C, V] of hidden states, multiplied in the dtype of `hidden_CH`."""
         return self.finish(self.products(hidden_CH))
-
-
-# Each divergence takes float32 logits of student and teacher, [C, V], already divided by the
-# temperature, and gives its sum over the chunk and its gradient by the student's logits. It may
-# overwrite its arguments.
-
-
-def forward_kl(z_student_CV: Tensor, z_teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q) = sum_v p (log p - log q); gradient q - p. The paper's loss."""
-    log_q = torch.log_softmax(z_student_CV, -1)
-    log_p = torch.log_softmax(z_teacher_CV, -1)
-    p = log_p.exp()
-    loss = log_p.sub_(log_q).mul_(p).sum()
-    return loss, log_q.exp_().sub_(p)
-
-
-def reverse_kl(z_student_CV: Tensor, z_teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q || p) = sum_v q (log q - log p); gradient q (log q - log p - KL)."""
-    log_q = torch.log_softmax(z_student_CV, -1)
-    difference = log_q - torch.log_softmax(z_teacher_CV, -1)
-    q = log_q.exp_()
-    kl_C1 = (q * difference).sum(-1, keepdim=True)
-    return kl_C1.sum(), difference.sub_(kl_C1).mul_(q)
-
-
-def jensen_shannon(z_student_CV: Tensor, z_teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; gradient q (log q/m - KL(q || m)) / 2."""
-    log_q = torch.log_softmax(z_student_CV, -1)
-    log_p = torch.log_softmax(z_teacher_CV, -1)
-    log_m = torch.logaddexp(log_p, log_q).sub_(torch.log(torch.tensor(2.0)))
-    p, q = log_p.exp(), log_q.exp()
-    log_q_over_m = log_q.sub_(log_m)
-    kl_q_C1 = (q * log_q_over_m).sum(-1, keepdim=True)
-    loss = 0.5 * (log_p.sub_(log_m).mul_(p).sum() + kl_q_C1.sum())
-    return loss, log_q_over_m.sub_(kl_q_C1).mul_(q).mul_(0.5)
-
-
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jensen_shannon": jensen_shannon,
-}
 
 
 def cross_entropy(z_student_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:

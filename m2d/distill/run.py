@@ -26,7 +26,8 @@ WARMUP_SHARE, DECAY_SHARE = 30, 10
 # The options of each group of `m2d distill --help`; what is settable stands in DistillSettings.
 GROUPS = {
     "steps": ("steps", "batch", "device_batch"),
-    "optimizer (AdamW, warmup-stable-decay)": (
+    "optimizer (warmup-stable-decay)": (
+        "optimizer",
         "learning_rate",
         "min_learning_rate",
         "warmup_steps",

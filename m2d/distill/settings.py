@@ -1,8 +1,20 @@
 """What a distillation's recipe can say, on the command line as in the workflow's config."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from m2d.settings import Count, Dtype, Integer, NotNegative, Positive, Section, Share, Whole
+from m2d.distill.divergences import DIVERGENCES
+from m2d.distill.optimizers import OPTIMIZERS
+from m2d.settings import (
+    Count,
+    Dtype,
+    Integer,
+    MethodOf,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    Whole,
+)
 
 
 class DistillSettings(Section):
@@ -24,11 +36,13 @@ class DistillSettings(Section):
     """Steps of decay at the end; a tenth of all if left out."""
     decay: Literal["linear", "cosine", "1-sqrt"] = "linear"
     """Shape of the decay."""
+    optimizer: Annotated[str, MethodOf("optimizer")] = OPTIMIZERS.default
+    """What takes the steps."""
     weight_decay: NotNegative = 0.0
-    """Of AdamW."""
+    """Decay of matrices towards 0, times the learning rate."""
     max_grad_norm: NotNegative = 1.0
     """Clipping of gradients; 0 for none."""
-    loss: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    loss: Annotated[str, MethodOf("divergence")] = DIVERGENCES.default
     """Divergence between teacher and student."""
     loss_implementation: Literal["chunked", "liger"] = "chunked"
     """Our own, or liger-kernel's, from pip install 'm2d[liger]'."""

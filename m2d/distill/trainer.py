@@ -18,6 +18,7 @@ from m2d.artifacts import flush_to_disk, fsync
 from m2d.distill.liger import liger_loss
 from m2d.distill.logits import StoredLogits
 from m2d.distill.loss import Head, distillation_loss, stored_loss
+from m2d.distill.optimizers import OPTIMIZERS
 from m2d.distill.settings import DistillSettings
 from m2d.errors import UserError
 from m2d.settings import Count, NotNegative, Whole
@@ -296,7 +297,6 @@ def training_arguments(recipe: Recipe, work: Path, device: torch.device) -> Trai
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.device_batch,
         gradient_accumulation_steps=recipe.accumulation,
-        optim="adamw_torch",
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -356,6 +356,7 @@ def make_trainer(
         data_collator=collate,
         train_dataset=tokens,
         callbacks=callbacks,
+        optimizer_cls_and_kwargs=OPTIMIZERS[recipe.optimizer](recipe.learning_rate),
         teacher=teacher,
         recipe=recipe,
     )

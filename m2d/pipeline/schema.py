@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from m2d.distill.settings import DistillSettings
-from m2d.settings import Count, Dtype, NotNegative, Number, Positive, Section, Whole
+from m2d.settings import Count, Dtype, MethodOf, NotNegative, Number, Positive, Section, Whole
 
 
 def unique(items: list[Any]) -> list[Any]:
@@ -33,6 +33,11 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Text], AfterValidator(unique)]
 Argument = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+Scoring = Annotated[str, MethodOf("scoring")]
+Grouping = Annotated[str, MethodOf("grouping")]
+Scaling = Annotated[str, MethodOf("scaling")]
 
 
 class HardwareSettings(Section):
@@ -144,9 +149,9 @@ class TeacherSettings(Section):
 class GridSettings(Section):
     """What the grid crosses with every scoring method and every K."""
 
-    groupings: Names
+    groupings: Annotated[list[Grouping], AfterValidator(unique)]
     """Grouping methods; identifiers or the paper's terms."""
-    scalings: Names
+    scalings: Annotated[list[Scaling], AfterValidator(unique)]
     """Scaling methods of the down projections."""
 
 
@@ -168,11 +173,11 @@ class RefitSettings(Section):
 class ExpertsStudent(RefitSettings):
     """A student of whole experts, kept, grouped and merged."""
 
-    scoring: Text
+    scoring: Scoring
     """Scoring method; identifier or the paper's term."""
-    grouping: Text
+    grouping: Grouping
     """Grouping method; identifier or the paper's term."""
-    scaling: Text
+    scaling: Scaling
     """Scaling of the down projections."""
     keep: Count
     """K, the number of experts kept in a layer."""
@@ -181,7 +186,7 @@ class ExpertsStudent(RefitSettings):
 class ChosenStudent(Section):
     """The student of the lowest perplexity in several grids."""
 
-    best_of: Annotated[Names, Field(min_length=1)]
+    best_of: Annotated[list[Scoring], Field(min_length=1), AfterValidator(unique)]
     """Scoring methods whose grids are searched. One more or less makes the student again."""
     keep: Count
     """K, the number of experts kept in a layer."""
@@ -190,7 +195,7 @@ class ChosenStudent(Section):
 class NeuronsStudent(RefitSettings):
     """A student of single neurons from all experts."""
 
-    neurons: Literal["contribution", "greedy"]
+    neurons: Annotated[str, MethodOf("neurons")]
     """How they are chosen (docs/closed-form.md)."""
     width: Count | None = None
     """Neurons of a layer; the width of the router's top-k experts if left out."""
@@ -332,7 +337,7 @@ class PipelineSettings(Section):
     teachers: Names
     """Teachers; the rest is done for each: d2d students for those that are dense, all others for
     those with experts."""
-    scorings: Names = Field(default=[])
+    scorings: Annotated[list[Scoring], AfterValidator(unique)] = Field(default=[])
     """Scoring methods whose grid is computed."""
     students: Names = Field(default=[])
     """Students that are written."""

@@ -3,13 +3,12 @@
 Used by the Snakefile, so nothing here imports torch or numpy.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from m2d.choose.names import resolve
 from m2d.errors import UserError
 from m2d.pipeline.resources import read_sizes
 from m2d.pipeline.schema import PrunedStudent, Settings, student_kind
@@ -65,7 +64,6 @@ def check_config(values: Any) -> Config:
     settings = checked(Settings, values, "config: ")
     config: Config = settings.model_dump(exclude_none=True)
     _complete(config)
-    _resolve_methods(config)
     _check_names(config)
     _check_sizes(config)
     return config
@@ -78,36 +76,6 @@ def _complete(config: Config) -> None:
             raise UserError(
                 f"config: teachers.{name}: the key tokens is missing (calibration, test, ...)"
             )
-
-
-def _resolve_methods(config: Config) -> None:
-    """Replace the paper's terms by identifiers, in place."""
-
-    def resolved(kind: str, text: str, key: str) -> str:
-        try:
-            return resolve(kind, text)
-        except UserError as error:
-            raise UserError(f"config: {key}: {error}") from None
-
-    def resolved_list(kind: str, names: Iterable[str], key: str) -> list[str]:
-        found = [resolved(kind, name, f"{key}.{i}") for i, name in enumerate(names)]
-        if len(set(found)) < len(found):
-            raise UserError(f"config: {key}: {', '.join(found)}: each {kind} may stand there once")
-        return found
-
-    grid = config["grid"]
-    grid["groupings"] = resolved_list("grouping", grid["groupings"], "grid.groupings")
-    grid["scalings"] = resolved_list("scaling", grid["scalings"], "grid.scalings")
-    for name, student in config["students"].items():
-        for kind in ("scoring", "grouping", "scaling"):
-            if kind in student:
-                student[kind] = resolved(kind, student[kind], f"students.{name}.{kind}")
-        if "best_of" in student:
-            key = f"students.{name}.best_of"
-            student["best_of"] = resolved_list("scoring", student["best_of"], key)
-    for name, pipeline in config["pipelines"].items():
-        key = f"pipelines.{name}.scorings"
-        pipeline["scorings"] = resolved_list("scoring", pipeline["scorings"], key)
 
 
 def evaluation_jobs(config: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:

@@ -8,7 +8,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from m2d.choose.names import TERMS
+from m2d.methods import TABLES, table
 from m2d.report.plot_style import (
     COLOURS,
     FAINT,
@@ -25,13 +25,13 @@ AXIS_NAMES = {"scoring": "scoring", "grouping": "grouping", "scaling": "scaling"
 
 def term_of(axis: str, value: object) -> str:
     """The paper's term of a value of an axis, else the value."""
-    return TERMS.get(axis, {}).get(str(value), str(value))
+    return table(axis).term(str(value)) if axis in TABLES else str(value)
 
 
 def in_order(values: pd.Series, axis: str) -> list:
     """The values of an axis that occur, in order of presentation (K: ascending)."""
     found = list(dict.fromkeys(values))
-    known = list(TERMS.get(axis, {}))
+    known = list(table(axis)) if axis in TABLES else []
     return sorted(found, key=lambda v: known.index(v) if v in known else v)
 
 

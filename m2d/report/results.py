@@ -22,8 +22,8 @@ from typing import Any
 import pandas as pd
 
 from m2d.artifacts import read_json
-from m2d.choose.names import identifiers
 from m2d.errors import UserError
+from m2d.methods import table
 
 # Columns of the long format: one row per measured number, whatever was measured.
 COLUMNS = {
@@ -126,8 +126,8 @@ def read_grid(files: Iterable[str | Path]) -> pd.DataFrame:
         return pd.DataFrame()
     grid = pd.concat(frames, ignore_index=True)
     for kind in ("scoring", "grouping", "scaling"):
-        unknown = sorted(set(grid[kind]) - set(identifiers(kind)))
-        grid[kind] = pd.Categorical(grid[kind], categories=[*identifiers(kind), *unknown])
+        unknown = sorted(set(grid[kind]) - set(table(kind)))
+        grid[kind] = pd.Categorical(grid[kind], categories=[*table(kind), *unknown])
     keys = ["teacher", "scoring", "grouping", "scaling", "keep"]
     grid = grid.sort_values(keys, ignore_index=True)
     grid = grid.astype({"scoring": str, "grouping": str, "scaling": str})

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from m2d.artifacts import atomic_path, write_text
-from m2d.choose.names import term
 from m2d.errors import UserError
+from m2d.methods import table as methods
 from m2d.progress import say
 from m2d.report import comparisons
 from m2d.report.results import (
@@ -92,7 +92,7 @@ def grid_best(grid: pd.DataFrame) -> pd.DataFrame:
             for value, group in part.groupby(axis, sort=axis == "keep"):
                 best = group.iloc[int(group["perplexity"].to_numpy().argmin())]
                 others = "/".join(str(best[other]) for other in AXES if other != axis)
-                name = str(value) if axis == "keep" else _term(axis, str(value))
+                name = str(value) if axis == "keep" else methods(axis).term(str(value))
                 mean = float(np.exp(np.log(group["perplexity"]).mean()))
                 rows.append([teacher, axis, str(value), name, best["perplexity"], others, mean])
     return pd.DataFrame(rows, columns=[*columns, "mean_perplexity"])
@@ -133,13 +133,6 @@ def timings(benchmarks: pd.DataFrame) -> pd.DataFrame:
 
 def _by_teacher(grid: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
     return [] if grid.empty else [(str(name), part) for name, part in grid.groupby("teacher")]
-
-
-def _term(axis: str, value: str) -> str:
-    try:
-        return term(axis, value)
-    except KeyError:
-        return value
 
 
 def make_tables(

@@ -22,7 +22,13 @@ from torch import Tensor, nn
 
 from m2d.artifacts import atomic_path, sha256_of
 from m2d.choose.neuron_statistics import CHOICES, NeuronStatistics
-from m2d.choose.neurons import Neurons, check_width, contribution, greedy_neurons, top_neurons
+from m2d.choose.neurons import (
+    Neurons,
+    check_width,
+    greedy_neurons,
+    routed_contribution,
+    top_neurons,
+)
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.folded import Folds, folds_of
@@ -173,7 +179,7 @@ def collect(
 
 def score_of(layer: NeuronStatistics) -> Any:
     """Routed contribution [E, I]."""
-    return contribution(layer.weighted_square_sum, layer.down_square_norm, layer.n_tokens)
+    return routed_contribution(layer.weighted_square_sum, layer.down_square_norm, layer.n_tokens)
 
 
 def _ordered(
@@ -234,7 +240,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--choice",
         choices=CHOICES,
-        default=CHOICES[0],
+        default=CHOICES.default,
         help="greedy: also order as many neurons as the student will have (%(default)s)",
     )
     parser.add_argument("--fold", help="file from m2d fold: of the experts folded so")

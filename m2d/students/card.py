@@ -6,34 +6,15 @@ from typing import Any
 import yaml
 
 from m2d import __version__
-from m2d.choose.names import TERMS
+from m2d.choose.grouping import GROUPINGS
+from m2d.choose.neuron_statistics import CHOICES
+from m2d.choose.scaling import SCALINGS
+from m2d.choose.scoring import SCORINGS
+from m2d.distill.divergences import DIVERGENCES
+from m2d.distill.optimizers import OPTIMIZERS
+from m2d.methods import Table
 
 METHOD = "https://arxiv.org/abs/2605.28207"
-SCORINGS = {
-    "selection_freq": "how often the router selects them",
-    "preselect_prob": "their mean router probability before top-k",
-    "postselect_prob": "their mean routing weight after top-k",
-    "conditional_prob": "their mean router probability where they are selected",
-    "reap": "their router probability where selected, times the size of their output",
-    "gram_logdet": "a greedy D-optimal choice: router probability where selected, penalising "
-    "experts whose outputs resemble those already chosen",
-    "gld_reap": "a greedy D-optimal choice: router probability where selected times output size, "
-    "penalising experts whose outputs resemble those already chosen",
-    "omp": "a greedy choice of those whose outputs together best fit the routed output",
-}
-GROUPINGS = {
-    "round_robin": "dealt to the groups in turn, in order of importance",
-    "weight_cluster": "clustered by the distances between their weights",
-    "router_cluster": "clustered by the distances between their router rows",
-    "dominant_expert": "joined to the most similar of the leading experts",
-    "output_cluster": "clustered by the distances between their outputs",
-}
-SCALINGS = {
-    "uniform": "every group's down projection is scaled alike, by the mean routing weight",
-    "proportional": "each group's down projection is scaled by its share of the importance",
-    "mean_weight": "each expert's down projection is scaled by its mean routing weight",
-    "least_squares": "each group's down projection is scaled to fit the routed output best",
-}
 BASELINES = {
     "d2d": "{teacher} by structured pruning: the layers, channels, attention heads and "
     "feed-forward neurons that matter most on calibration text were kept",
@@ -58,8 +39,8 @@ def model_card(provenance: Mapping[str, Any], scores: Mapping[str, Any] | None =
     - `refit`: {`variant`}; absent for a student whose down projections were not solved anew
     - `fold`: {`layers`: [{`choice`, `r2_before`, `r2_after`}]}; absent where nothing was folded
     - `align`: {`steps`, `tokens`, `layers`: [{`before`, `after`}]}; absent where it was not done
-    - `distillation`: {`source`, `tokens`, `steps`, `learning_rate`, `teacher_top_k`}; absent for
-      a student that was not distilled
+    - `distillation`: {`loss`, `optimizer`, `source`, `tokens`, `steps`, `learning_rate`,
+      `teacher_top_k`}; absent for a student that was not distilled
     - `dtype`, `m2d_version`
 
     `scores` maps a label to a value, or to {`value`, `stderr`}; numbers as they should be shown.
@@ -155,30 +136,35 @@ def _plan(plan: dict[str, Any]) -> str:
     if keep:
         lines.append(
             f"- Kept: {keep}{of_all} routed experts{layers}, chosen by "
-            f"{_method('scoring', scoring, SCORINGS)}."
+            f"{_method(SCORINGS, scoring)}."
         )
     if keep and keep == groups:
         lines.append(f"- Merged: nothing; the {groups} experts are copied exactly (pure pruning).")
     elif grouping == "neurons":
+        choice = _method(CHOICES, scoring.removeprefix("neuron_"))
         lines.append(
-            "- Kept: single intermediate neurons of all experts, those that contribute most to the "
-            "routed output; `plan.json` lists them."
+            f"- Kept: single intermediate neurons of all experts, chosen by {choice}; `plan.json` "
+            "lists them."
         )
     elif groups:
         lines.append(
-            f"- Merged: into {groups} groups by {_method('grouping', grouping, GROUPINGS)}. Each "
+            f"- Merged: into {groups} groups by {_method(GROUPINGS, grouping)}. Each "
             "group is the average of its experts' weights, weighted by their importance."
         )
-    if scaling:
-        lines.append(f"- Scaled: `{scaling}`, {SCALINGS.get(scaling, 'see plan.json')}.")
+    if grouping == "neurons":
+        lines.append("- Scaled: each expert's down projection by its mean routing weight.")
+    elif scaling:
+        lines.append(f"- Scaled: {_method(SCALINGS, scaling)}.")
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def _method(kind: str, identifier: str, words: Mapping[str, str]) -> str:
+def _method(methods: Table[Any], identifier: str) -> str:
     """`gld_reap` (DO-ACP): what it does."""
-    term = TERMS[kind].get(identifier)
-    text = f"`{identifier}`" + (f" ({term})" if term else "")
-    return text + (f": {words[identifier]}" if identifier in words else "")
+    method = methods.methods.get(identifier)
+    if method is None:
+        return f"`{identifier}`"
+    term = "" if method.term.replace("-", "_") == identifier else f" ({method.term})"
+    return f"`{identifier}`{term}: {method.card}"
 
 
 def _calibration(calibration: dict[str, Any]) -> str:
@@ -232,7 +218,9 @@ def _align(align: dict[str, Any]) -> str:
 def _distillation(distillation: dict[str, Any]) -> str:
     if not distillation:
         return "- Distillation: none.\n"
-    text = "- Distillation: forward KL on the teacher's logits"
+    divergence = DIVERGENCES.methods[distillation.get("loss", DIVERGENCES.default)]
+    optimizer = OPTIMIZERS.methods[distillation.get("optimizer", OPTIMIZERS.default)]
+    text = f"- Distillation: {divergence.card}, with {optimizer.card}"
     if distillation.get("source") or distillation.get("name"):
         text += f", on {distillation.get('source') or distillation['name']}"
     if distillation.get("tokens"):

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from m2d.artifacts import atomic_path, read_json
-from m2d.choose.names import PAPER_GROUPINGS, PAPER_SCALINGS, resolve
+from m2d.choose.grouping import GROUPINGS
 from m2d.choose.plan import Plan, check_keep, distinct_plans, make_plan
 from m2d.choose.ranking import rankings_from_dict
+from m2d.choose.scaling import SCALINGS
 from m2d.errors import UserError
 from m2d.evaluate.perplexity import loaded_nll, make_result
 from m2d.memory import free_memory
+from m2d.methods import Table
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
 from m2d.options import add_compute_options
@@ -86,13 +88,9 @@ def paper_keeps(top_k: int, num_experts: int) -> list[int]:
     return sorted({min(top_k * factor, num_experts) for factor in (1, 2, 4, 8, 16)})
 
 
-def names_list(kind: str) -> Any:
-    """An argparse type: a comma-separated list of methods of a kind."""
-
-    def parse(text: str) -> list[str]:
-        return [resolve(kind, part) for part in text.split(",")]
-
-    return parse
+def resolved(methods: Table[Any], text: str) -> list[str]:
+    """The methods of a comma-separated list."""
+    return [methods.resolve(part) for part in text.split(",")]
 
 
 def keeps_list(text: str) -> list[int]:
@@ -110,8 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranking", required=True, help="file from m2d rank")
     parser.add_argument("--tokens", required=True, help="token file to measure perplexity on")
     parser.add_argument("--keeps", help="values of K, with commas (default: the paper's)")
-    parser.add_argument("--groupings", default=",".join(PAPER_GROUPINGS))
-    parser.add_argument("--scalings", default=",".join(PAPER_SCALINGS))
+    parser.add_argument("--groupings", default=",".join(GROUPINGS.paper))
+    parser.add_argument("--scalings", default=",".join(SCALINGS.paper))
     add_compute_options(parser)
 
 
@@ -122,10 +120,7 @@ def main(args: argparse.Namespace) -> None:
     )
     for keep in keeps:
         check_keep(keep, teacher.top_k, teacher.num_experts)
-    groupings, scalings = (
-        names_list("grouping")(args.groupings),
-        names_list("scaling")(args.scalings),
-    )
+    groupings, scalings = resolved(GROUPINGS, args.groupings), resolved(SCALINGS, args.scalings)
     tokens = read_tokens(args.tokens, teacher.config.vocab_size)
     layers = read_layers(args.statistics, args.gram)
     scoring, rankings = rankings_from_dict(read_json(args.ranking), layers)

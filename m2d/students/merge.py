@@ -14,10 +14,11 @@ import torch
 
 from m2d import __version__
 from m2d.artifacts import atomic_path, read_json, require_absent, sha256_of
-from m2d.choose.names import identifiers, resolve
+from m2d.choose.grouping import GROUPINGS
 from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.plan import Plan, check_keep, make_plan, plan_from_dict
 from m2d.choose.ranking import rankings_from_dict
+from m2d.choose.scaling import SCALINGS
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Content, Spec, write_checkpoint
 from m2d.models.folded import Folds, folds_of
@@ -176,8 +177,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     experts.add_argument("--statistics", help="file from m2d stats")
     experts.add_argument("--gram", help="file from m2d gram")
     experts.add_argument("--ranking", help="file from m2d rank")
-    experts.add_argument("--grouping", help=f"one of {', '.join(identifiers('grouping'))}")
-    experts.add_argument("--scaling", help=f"one of {', '.join(identifiers('scaling'))}")
+    experts.add_argument("--grouping", help=f"one of {', '.join(GROUPINGS.names())}")
+    experts.add_argument("--scaling", help=f"one of {', '.join(SCALINGS.names())}")
     experts.add_argument("--keep", type=positive, help="experts to keep in each layer, K")
     neurons = parser.add_argument_group("a student of single neurons")
     neurons.add_argument("--neurons", help="file from m2d neurons")
@@ -234,11 +235,14 @@ def plan_of(args: argparse.Namespace, teacher: Teacher) -> tuple[Plan, dict[str,
         found = [layer.layer for layer in layers]
         if found != teacher.moe_layers or layers[0].down_square_norm.shape != shape:
             raise UserError(f"{args.neurons}: not made from this teacher; run m2d neurons again")
-        plan = neuron_plan(layers, width, args.choice or CHOICES[0])
+        plan = neuron_plan(layers, width, args.choice or CHOICES.default)
         return plan, {"neurons": sha256_of(args.neurons)}
     check_keep(args.keep, teacher.top_k, teacher.num_experts)
     files = {name: getattr(args, name) for name in ("statistics", "gram", "ranking")}
-    methods = {kind: resolve(kind, getattr(args, kind)) for kind in ("grouping", "scaling")}
+    methods = {
+        methods.kind: methods.resolve(getattr(args, methods.kind))
+        for methods in (GROUPINGS, SCALINGS)
+    }
     plan = plan_from_files(**files, **methods, keep=args.keep)
     return plan, {name: sha256_of(file) for name, file in files.items()}
 
