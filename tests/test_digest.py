@@ -36,22 +36,24 @@ def bystander():
 ''',
     "helpers.py": "BASE = 1\nREST = 2\n\n\ndef write(x, y):\n    print(x, y)\n",
     "methods.py": """
+from m2d.methods import Table
 from toy.shared import shared
 
+SCORINGS: Table[object] = Table("scoring", default="first")
 
+
+@SCORINGS.method("1st", "the first of them")
 def first(x):
     return shared(x)
 
 
+@SCORINGS.method("2nd", "the second of them")
 def second(x):
     return x
 
 
 def unused(x):
     return -x
-
-
-SCORINGS = {"first": first, "second": second}
 """,
     "shared.py": "def shared(x):\n    return x + 1\n",
     "late.py": "import sys\n\nprint(sys.argv)\n\n\ndef late():\n    return 1\n",
@@ -96,7 +98,8 @@ def digest_after(package: Path) -> Callable[..., str]:
         ("helpers.py", "REST = 2", "REST = 3"),
         ("methods.py", "return -x", "return +x"),
         ("methods.py", "def second(x):\n    return x", "def second(x):\n    return 2 * x"),
-        ("methods.py", '"second": second}', '"second": second, "third": unused}'),
+        ("methods.py", "def unused(x)", '@SCORINGS.method("3rd", "words")\ndef unused(x)'),
+        ("methods.py", "the first of them", "that which comes first"),
         ("late.py", "print(sys.argv)", "print(sys.argv)  # said"),
     ],
 )  # fmt: skip
@@ -167,4 +170,4 @@ def test_rank_reaches_its_method_and_no_other() -> None:
 def test_stages_after_ranking_do_not_reach_scoring(stage: str) -> None:
     """Or an edit to a scoring method would re-run them whatever its ranking."""
     found = reachable(f"m2d.{stage}", {})
-    assert not [key for key in found if key[0] == "m2d.choose.scoring"]
+    assert {name for module, name in found if module == "m2d.choose.scoring"} <= {"SCORINGS", ""}

@@ -174,6 +174,110 @@ def test_comments_and_docstrings_rerun_nothing(project: Path) -> None:
     assert NOTHING in snakemake(project, "--dry-run", "all_wide").stdout
 
 
+def edited(project: Path, file: str, before: str, after: str) -> None:
+    """Replace what stands once in a file of the project."""
+    source = (project / file).read_text(encoding="utf-8")
+    assert source.count(before) >= 1, f"{before} is not in {file}"
+    (project / file).write_text(source.replace(before, after, 1), encoding="utf-8")
+
+
+# Edits that cannot change an output of `all_wide`, by what they are an example of.
+WITHOUT_EFFECT = {
+    "error text": ("m2d/options.py", "is not a whole number", "must be a whole number"),
+    "error text of a stage": ("m2d/students/widths.py", "raise UserError(", 'raise UserError("!"'),
+    "log text": ("m2d/distill/run.py", "going on from", "continuing from"),
+    "progress text": ("m2d/students/merge.py", '"writing, tensors"', '"tensors written"'),
+    "help text": ("m2d/students/merge.py", 'help="the folder to write"', 'help="where to"'),
+    "type": ("m2d/students/merge.py", "out: str | Path", "out: Path"),
+    "docstring": ("m2d/distill/trainer.py", '"""Distillation by', '"""Training by'),
+    "comment": ("m2d/distill/loss.py", "# Logits of one chunk", "# One chunk's logits"),
+    "another scoring": (
+        SCORING,
+        "def conditional_probability(",
+        '@SCORINGS.method("NEW", "anything")\ndef new(layer):\n    return reap(layer)\n\n\n'
+        "def conditional_probability(",
+    ),
+    "another divergence": (
+        "m2d/distill/divergences.py",
+        '@DIVERGENCES.method("reverse KL"',
+        '@DIVERGENCES.method("none", "nothing")\ndef none(z, t):\n    return 0 * z.sum(), 0 * z\n'
+        '\n\n@DIVERGENCES.method("reverse KL"',
+    ),
+    "a divergence that no recipe has": ("m2d/distill/divergences.py", "loss = 0.5 *", "loss = 2 *"),
+    "another family": (
+        "m2d/models/families.py",
+        "FAMILIES = {",
+        'NEW = Family("new", "new", "New", "e", "k", "i")\nFAMILIES = {',
+    ),
+    "a family of another teacher": ("m2d/models/families.py", 'glu="clamped_swiglu"', 'glu="glu"'),
+    "a strategy that no recipe has": ("m2d/distill/trainer.py", '"stage": 3', '"stage": 1'),
+    "an option that no recipe has": (
+        "m2d/distill/settings.py",
+        "    seed: Integer = 0",
+        "    ema: NotNegative | None = None\n    seed: Integer = 0",
+    ),
+    "a setting's description": ("m2d/distill/settings.py", "Peak of the schedule", "The peak"),
+    "words of a method that no student has": (SCORING, "how often the router", "how frequently it"),
+    "the launcher": ("workflow/scripts/launch.sh", "#!/bin/", "#!/usr/bin/env -S /bin/"),
+}
+DISTILLED = [f"distill_student recipe=short student={s}" for s in ("do-acp", "sf")]
+AFTER_DISTILLATION = [
+    *DISTILLED,
+    *(use for s in ("do-acp", "sf") for use in uses_of(s) if use.endswith("short")),
+    *TABLES,
+]
+GRIDS = ("conditional_prob", "gld_reap", "reap", "selection_freq")
+# Edits that can, and the jobs that they repeat.
+WITH_EFFECT = {
+    "the divergence": (
+        ("m2d/distill/divergences.py", "log_q.exp_().sub_(p)", "log_q.exp_().sub_(2 * p)"),
+        AFTER_DISTILLATION,
+    ),
+    "the optimizer": (("m2d/distill/optimizers.py", "0.999", "0.99"), AFTER_DISTILLATION),
+    "a default": (
+        ("m2d/distill/settings.py", "weight_decay: NotNegative = 0.0", "weight_decay: Share = 0.1"),
+        AFTER_DISTILLATION,
+    ),
+    "an option's default": (
+        ("m2d/distill/run.py", "default=15.0", "default=10.0"),
+        AFTER_DISTILLATION,
+    ),
+    "a condition": (
+        ("m2d/distill/loss.py", "LARGEST_CHUNK = 256", "LARGEST_CHUNK = 1"),
+        AFTER_DISTILLATION,
+    ),
+    "words of a card": ((SCORING, "their router probability where selected, t", "T"), TABLES[2:]),
+    "a grouping": (
+        ("m2d/choose/grouping.py", "argsort(-importance[kept]", "argsort(importance[kept]"),
+        [
+            *(
+                f"measure_grid scoring={s}"
+                for s in ("conditional_prob", "gld_reap", "reap", "selection_freq")
+            ),
+            "merge_student student=do-acp",
+            "distill_student recipe=short student=do-acp",
+            *uses_of("do-acp"),
+            *TABLES,
+        ],
+    ),
+}
+
+
+def test_edits_without_effect_rerun_nothing(project: Path) -> None:
+    for edit in WITHOUT_EFFECT.values():
+        edited(project, *edit)
+    config = yaml.safe_load((project / "config.yaml").read_text(encoding="utf-8"))
+    write_config(project, {**config, "launcher": "my-launcher --now"})
+    assert NOTHING in snakemake(project, "--dry-run", "all_wide").stdout
+
+
+@pytest.mark.parametrize("kind", WITH_EFFECT)
+def test_edits_with_effect_rerun_what_they_concern(project: Path, run: Callable, kind: str) -> None:
+    edit, jobs = WITH_EFFECT[kind]
+    edited(project, *edit)
+    assert run("--dry-run") == sorted(jobs)
+
+
 def test_equal_ranking_reruns_nothing_further(project: Path, run: Callable) -> None:
     edit_function(project / SCORING, "selection_freq", same_ranking)
     assert run() == ["rank_experts scoring=selection_freq"]

@@ -29,27 +29,35 @@ def start_processes(strategy: str, device: str | None) -> tuple[str, torch.devic
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    if strategy in ("zero2", "zero3"):
-        if processes == 1:  # DeepSpeed wants a group also for one process
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            for key, value in {**alone, "MASTER_PORT": str(free_port())}.items():
-                os.environ.setdefault(key, value)
-        start_deepspeed(backend)
-    elif processes > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend)
+    if strategy in GROUPS:
+        GROUPS[strategy](backend)
     return strategy, chosen
 
 
-def start_deepspeed(backend: str) -> None:
+def ddp(backend: str) -> None:
+    """torch's process group."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend)
+
+
+def zero(backend: str) -> None:
     """DeepSpeed's process group, without its shared-memory extension on CPUs.
 
     That extension takes a minute to build, needs a compiler, and gives the same losses.
     """
     import deepspeed
 
+    if "WORLD_SIZE" not in os.environ:  # DeepSpeed wants a group also for one process
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for key, value in {**alone, "MASTER_PORT": str(free_port())}.items():
+            os.environ.setdefault(key, value)
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+# Strategies that need a group of processes -> what starts it.
+GROUPS = {"ddp": ddp, "zero2": zero, "zero3": zero}
 
 
 def free_port() -> int:

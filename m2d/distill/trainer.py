@@ -272,11 +272,22 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
-def deepspeed_config(stage: int) -> dict[str, Any]:
-    """DeepSpeed's settings. No optimizer and no scheduler: Trainer supplies torch's own AdamW."""
-    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
-    if stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
+def zero2() -> dict[str, Any]:
+    """DeepSpeed's settings for ZeRO-2."""
+    return deepspeed_config({"stage": 2, "contiguous_gradients": True})
+
+
+def zero3() -> dict[str, Any]:
+    """DeepSpeed's settings for ZeRO-3."""
+    gather = {"stage3_gather_16bit_weights_on_model_save": True}
+    return deepspeed_config({"stage": 3, "contiguous_gradients": True, **gather})
+
+
+ZERO_STAGES = {"zero2": zero2, "zero3": zero3}
+
+
+def deepspeed_config(zero: dict[str, Any]) -> dict[str, Any]:
+    """What the stages share. No optimizer and no scheduler: Trainer supplies those."""
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -291,7 +302,7 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
 
 def training_arguments(recipe: Recipe, work: Path, device: torch.device) -> TrainingArguments:
     """The Trainer's settings of a recipe; `work` takes the checkpoints."""
-    stage = {"zero2": 2, "zero3": 3}.get(recipe.strategy)
+    zero = ZERO_STAGES.get(recipe.strategy)
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=recipe.steps,
@@ -321,7 +332,7 @@ def training_arguments(recipe: Recipe, work: Path, device: torch.device) -> Trai
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
-        deepspeed=deepspeed_config(stage) if stage else None,
+        deepspeed=zero() if zero else None,
     )
     # One process drives one device, also where it sees several: never torch's DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)

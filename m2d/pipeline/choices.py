@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from m2d.choose.names import resolve
 from m2d.errors import UserError
+from m2d.methods import table
 from m2d.pipeline.best import best_configuration
 
 Config = Mapping[str, Any]
@@ -37,7 +37,7 @@ def described(name: str) -> Student | None:
     for end in range(len(parts), 0, -1):
         student: Student = {}
         with suppress(UserError):
-            student["scoring"] = resolve("scoring", "-".join(parts[:end]))
+            student["scoring"] = table("scoring").resolve("-".join(parts[:end]))
             for part in parts[end:]:
                 _add_method(student, part)
             return (
@@ -53,7 +53,7 @@ def _add_method(student: Student, name: str) -> None:
     for kind in DEFAULTS:
         if kind not in student:
             with suppress(UserError):
-                student[kind] = resolve(kind, name)
+                student[kind] = table(kind).resolve(name)
                 return
     raise UserError(f"{name}: neither a grouping nor a scaling")
 

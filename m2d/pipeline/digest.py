@@ -1,13 +1,13 @@
 """Digests of code: what a rule's result depends on, from the source alone.
 
 Snakemake does not see edits to imported modules, so every rule carries the digest of exactly the
-definitions that its stage reaches. They are found in the syntax tree: nothing is imported, and
-neither comments, docstrings, layout nor the help texts of options count.
+definitions that its stage reaches. They are found in the syntax tree: nothing is imported, and what
+cannot change an output does not count (m2d/pipeline/effects.py).
 
 A definition is a top-level function, class or assignment of a module of the package. It reaches
-the definitions that it names, in its own module or through imports. The tables of methods are cut
-open: only the chosen methods of SCORINGS, GROUPINGS and SCALINGS are reached, so that an edit to
-one scoring method concerns that method alone.
+the definitions that it names, in its own module or through imports. Tables are cut open: of the
+methods that declare themselves (m2d/methods.py), of the model families and of other tables in CUT,
+only those that the job uses are reached, so that an edit to one method concerns that method alone.
 """
 
 import ast
@@ -17,21 +17,33 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
+from m2d.pipeline.effects import effective
+
 PACKAGE = Path(__file__).parents[1]
-TABLES = {"SCORINGS": "scoring", "GROUPINGS": "grouping", "SCALINGS": "scaling"}
-# Wording, names and progress: an edit there changes no number, and must not repeat a distillation.
-# Only where one is the entry itself does it count.
+# Tables of entries: the name of the table, to the kind that says which entries a job uses.
+CUT = {"FAMILIES": "family", "GROUPS": "strategy", "ZERO_STAGES": "strategy"}
+# Wording, names, progress, and settings, whose values are parameters of the rules: an edit there
+# changes no number, and must not repeat a distillation. Only where one is the entry itself does it
+# count.
 WITHOUT_EFFECT = frozenset(
-    {"m2d.errors", "m2d.progress", "m2d.choose.names", "m2d.students.card", "m2d"}
+    {
+        "m2d",
+        "m2d.errors",
+        "m2d.methods",
+        "m2d.progress",
+        "m2d.settings",
+        "m2d.distill.settings",
+        "m2d.students.card",
+    }
 )
-WORDING = frozenset({"help", "metavar", "description"})  # of argparse options
 
 
 class Statement:
     """A top-level statement; what is asked of it is worked out once, for all digests."""
 
     def __init__(self, node: ast.stmt):
-        self.node = node
+        self.entry_of, self.words = _declared(node)
+        self.node = effective(node)
 
     @cached_property
     def nodes(self) -> list[ast.AST]:
@@ -41,7 +53,7 @@ class Statement:
     @cached_property
     def text(self) -> str:
         """What it says, without comments, docstrings and layout."""
-        return "" if _is_text(self.node) else repr(_shape(self.node))
+        return "" if isinstance(self.node, ast.Pass) else repr(_shape(self.node))
 
     @cached_property
     def chains(self) -> list[list[str]]:
@@ -62,24 +74,35 @@ class Module:
     wherever in the file: a name means one thing in it."""
     loose: list[Statement] = field(default_factory=list)
     """Statements that bind nothing, such as a call; they run on import and always count."""
+    tables: dict[str, tuple[str, list[tuple[str, str]]]] = field(default_factory=dict)
+    """Name of a table -> its kind, and per entry its identifier and the definition behind it."""
 
 
 def code_digest(
-    entry: str, chosen: Mapping[str, Collection[str]] | None = None, package: Path = PACKAGE
+    entry: str,
+    chosen: Mapping[str, Collection[str] | None] | None = None,
+    package: Path = PACKAGE,
+    *,
+    words: bool = False,
 ) -> str:
     """Digest of all code that `entry` can run, 16 hex digits.
 
     `entry` is a command's module ("m2d.statistics.rank") or one function ("m2d.demo.corpus:build").
-    `chosen` names the methods that it will use, by kind: {"scoring": ["reap"]}.
+    `chosen` names what it will use of each table, by kind: {"scoring": ["reap"]}; None is all of
+    it, and a kind that is not there nothing. With `words`, methods count by the words that they
+    declare for model cards and not by what they do.
     """
     digest = hashlib.sha256()
-    for (module, name), text in sorted(reachable(entry, chosen or {}, package).items()):
+    for (module, name), text in sorted(reachable(entry, chosen or {}, package, words).items()):
         digest.update(f"{module}\0{name}\0{text}\0".encode())
     return digest.hexdigest()[:16]
 
 
 def reachable(
-    entry: str, chosen: Mapping[str, Collection[str]], package: Path = PACKAGE
+    entry: str,
+    chosen: Mapping[str, Collection[str] | None],
+    package: Path = PACKAGE,
+    words: bool = False,
 ) -> dict[tuple[str, str], str]:
     """(module, definition) -> normalised source, of all that `entry` reaches.
 
@@ -105,8 +128,16 @@ def reachable(
         else:
             statements = module.definitions.get(name, [])
             waiting.append((module_name, ""))
-        if name in TABLES:
-            statements = [_only(item.node, chosen.get(TABLES[name], ())) for item in statements]
+        if name in module.tables:
+            kind, entries = module.tables[name]
+            used = chosen.get(kind, ())
+            picked = [(e, d) for e, d in entries if used is None or e in used]
+            found[key] = repr(sorted(e for e, _ in picked))
+            if words:
+                found |= {(module_name, e): module.definitions[d][0].words for e, d in picked}
+            else:
+                waiting += [(module_name, definition) for _, definition in picked]
+            continue
         found[key] = "\n".join(item.text for item in statements)
         for item in statements:
             waiting += references(item, module_name, package)
@@ -128,6 +159,10 @@ def load(name: str, package: Path) -> Module | None:
             module.definitions.setdefault(bound, []).append(statement)
         if not names and not isinstance(node, ast.Import | ast.ImportFrom):
             module.loose.append(statement)
+    for bound, statements in list(module.definitions.items()):
+        kind = CUT.get(bound) or _kind_of_methods(statements[0].node)
+        if kind:
+            module.tables[bound] = (kind, _entries(bound, statements[0], module))
     return module
 
 
@@ -211,40 +246,65 @@ def _bound(node: ast.stmt) -> set[str]:
     return names
 
 
-def _only(node: ast.stmt, chosen: Collection[str]) -> Statement:
-    """A table of methods with the chosen entries alone."""
+def _declared(node: ast.stmt) -> tuple[str, str]:
+    """(table, words) of a function that declares itself, which loses the declaration; else empty.
+
+    In @SCORINGS.method("ACP", "their router ..."), SCORINGS and the arguments.
+    """
+    if not isinstance(node, ast.FunctionDef):
+        return "", ""
+    for decorator in node.decorator_list:
+        if isinstance(decorator, ast.Call):
+            names = _dotted(decorator.func) or []
+            if len(names) == 2 and names[1] == "method":
+                node.decorator_list.remove(decorator)
+                return names[0], repr(_shape([*decorator.args, *decorator.keywords]))
+    return "", ""
+
+
+def _kind_of_methods(node: ast.AST) -> str:
+    """ "scoring" of SCORINGS = Table("scoring", ...); empty for anything else."""
     value = getattr(node, "value", None)
-    if not isinstance(value, ast.Dict):
-        return Statement(node)
-    pairs = [
-        (key, item)
-        for key, item in zip(value.keys, value.values, strict=True)
-        if isinstance(key, ast.Constant) and key.value in chosen
-    ]
-    table = ast.Dict(keys=[key for key, _ in pairs], values=[item for _, item in pairs])
-    assignment = ast.Assign(targets=[ast.Name("table", ast.Store())], value=table)
-    return Statement(ast.fix_missing_locations(assignment))
+    if isinstance(value, ast.Call) and _dotted(value.func) == ["Table"] and value.args:
+        first = value.args[0]
+        return str(first.value) if isinstance(first, ast.Constant) else ""
+    return ""
+
+
+def _entries(table: str, statement: Statement, module: Module) -> list[tuple[str, str]]:
+    """(identifier, definition) of a table's entries.
+
+    They are the functions that declare themselves in it; else what a dict gives for its keys; else
+    the definitions that it lists, by their keyword `model_type`.
+    """
+    declared = [name for name, items in module.definitions.items() if items[0].entry_of == table]
+    if declared:
+        return [(name, name) for name in declared]
+    value = getattr(statement.node, "value", None)
+    if isinstance(value, ast.Dict):
+        pairs = zip(value.keys, value.values, strict=True)
+        return [
+            (str(key.value), names[0])
+            for key, item in pairs
+            if isinstance(key, ast.Constant) and (names := _dotted(item))
+        ]
+    found = []
+    for first, *_ in statement.chains:
+        for definition in module.definitions.get(first, []):
+            call = getattr(definition.node, "value", None)
+            for keyword in call.keywords if isinstance(call, ast.Call) else ():
+                if keyword.arg == "model_type" and isinstance(keyword.value, ast.Constant):
+                    found.append((str(keyword.value.value), first))
+    return found
 
 
 def _shape(node: object) -> object:
-    """A syntax tree as nested tuples, without what cannot change a result: docstrings, positions
-    and the wording of options."""
+    """A syntax tree as nested tuples, without positions."""
     if isinstance(node, list):
-        return tuple([_shape(item) for item in node if not _is_text(item)])
-    if isinstance(node, ast.keyword) and node.arg in WORDING:
-        return None
+        return tuple([_shape(item) for item in node])
     if isinstance(node, ast.AST):
         fields = {name: getattr(node, name, None) for name in node._fields if name != "ctx"}
         # Python versions differ in the fields that they leave empty; a constant may be None itself.
         kept = {k: v for k, v in fields.items() if v != [] and (v is not None or k == "value")}
         return type(node).__name__, *((k, _shape(v)) for k, v in kept.items())
     return node
-
-
-def _is_text(node: object) -> bool:
-    """Whether a statement is a docstring, or one placed after an attribute."""
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )

@@ -30,7 +30,7 @@ rule prune_student:
         model=model_of,
         shape=lambda wildcards: as_options(student_of(wildcards), SHAPE),
         options=compute_options,
-        code=code("m2d.baselines.prune"),
+        code=teacher_code("m2d.baselines.prune"),
     shell:
         """
         m2d prune {params.model:q} {output:q} --tokens {input.calibration:q} {params.shape:q} \
@@ -59,7 +59,7 @@ rule initialise_student:
     params:
         model=model_of,
         kind=lambda wildcards: config["students"][wildcards.student]["baseline"],
-        code=code("m2d.baselines.random"),
+        code=teacher_code("m2d.baselines.random"),
     shell:
         """
         m2d baseline {params.model:q} {output:q} --kind {params.kind:q} 2>{log:q}

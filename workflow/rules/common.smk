@@ -14,8 +14,9 @@ from m2d.errors import UserError
 from m2d.pipeline import choices, commands, runs
 from m2d.pipeline.digest import PACKAGE, code_digest
 from m2d.pipeline.jobs import resources_of
-from m2d.settings import as_options
 from m2d.pipeline.settings import check_config, logits_names, student_kind
+from m2d.settings import as_options
+from m2d.pipeline.uses import by_pipeline, by_recipe, by_teacher
 
 # Jobs inherit this. The C library would hand the memory of every tensor above 128 kB back to the
 # kernel and fetch fresh pages for the next, a third of the time of a job with a small model.
@@ -109,13 +110,20 @@ def sized(rule, what, **names):
     return ask
 
 
-def code(entry, **chosen):
-    """The digest of the code behind a command; `chosen` as in m2d.pipeline.digest, kind=[method, ...]."""
-    return cached_digest(
-        entry, tuple((kind, tuple(names)) for kind, names in chosen.items())
-    )
+def code(entry, words=False, **uses):
+    """The digest of the code that a command runs; `uses` names what of its tables it will use.
+
+    By kind: scoring=["reap"]. What uses do not name counts for nothing; see m2d/pipeline/digest.py.
+    """
+    frozen = [(kind, names and tuple(names)) for kind, names in sorted(uses.items())]
+    return cached_digest(entry, words, tuple(frozen))
+
+
+def teacher_code(entry, **uses):
+    """As `code`, of a job on a teacher: of all model families, its own counts."""
+    return lambda wildcards: code(entry, **by_teacher(teacher_of(wildcards)), **uses)
 
 
 @cache
-def cached_digest(entry, chosen):
-    return code_digest(entry, dict(chosen))
+def cached_digest(entry, words, chosen):
+    return code_digest(entry, dict(chosen), words=words)

@@ -7,7 +7,7 @@
 # out of time saves a checkpoint and stops before, and its next attempt goes on. Checkpoints lie
 # beside the output, in .{recipe}.checkpoints-*, until it is complete.
 #
-# On how many GPUs and nodes it runs is no parameter: another number repeats nothing.
+# On how many GPUs and nodes it runs is no parameter, nor what starts it: another repeats nothing.
 
 from m2d.pipeline.settings import logits_name
 
@@ -41,6 +41,15 @@ def recipe_options(wildcards):
     return commands.recipe_options(recipe_of(wildcards), logits_folder(wildcards))
 
 
+def distill_code(wildcards):
+    uses = by_recipe(recipe_of(wildcards))
+    return teacher_code("m2d.distill.run", **uses)(wildcards)
+
+
+# What starts a distillation.
+LAUNCHER = commands.launcher_words(config.get("launcher", script("launch.sh")))
+
+
 rule distill_student:
     """Train one student on its teacher's outputs."""
     input:
@@ -67,12 +76,11 @@ rule distill_student:
         runtime=sized("distill_student", "runtime"),
     params:
         model=model_of,
-        launcher=commands.launcher_words(config.get("launcher", script("launch.sh"))),
         options=recipe_options,
-        code=code("m2d.distill.run"),
+        code=distill_code,
     shell:
         """
-        {params.launcher:q} {resources.nodes:q} {resources.processes:q} {resources.runtime:q} \
+        {LAUNCHER:q} {resources.nodes:q} {resources.processes:q} {resources.runtime:q} \
             distill {input.student:q} {params.model:q} {output:q} \
             --tokens {input.tokens:q} {params.options:q} 2>{log:q}
         """

@@ -45,7 +45,7 @@ for name, (evaluation, tasks) in evaluation_jobs(config).items():
             out=evaluation_out,
             options=commands.evaluation_options(config, evaluation, tasks),
             dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
-            code=code("m2d.evaluate.lm_eval"),
+            code=teacher_code("m2d.evaluate.lm_eval"),
         shell:
             """
             m2d evaluate {params.model:q} {params.out:q} {params.options:q} \
@@ -77,7 +77,7 @@ for name, (evaluation, tasks) in evaluation_jobs(config).items():
             out=evaluation_out,
             options=commands.evaluation_options(config, evaluation, tasks),
             dtype=lambda wildcards: teacher_of(wildcards)["dtype"],
-            code=code("m2d.evaluate.lm_eval"),
+            code=teacher_code("m2d.evaluate.lm_eval"),
         shell:
             """
             m2d evaluate {input.model:q} {params.out:q} {params.options:q} \

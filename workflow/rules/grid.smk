@@ -34,7 +34,7 @@ checkpoint measure_grid:
         scalings=",".join(config["grid"]["scalings"]),
         options=compute_options,
         ranking=ranking_digest,
-        code=code(
+        code=teacher_code(
             "m2d.students.grid",
             grouping=config["grid"]["groupings"],
             scaling=config["grid"]["scalings"],

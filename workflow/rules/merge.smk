@@ -17,11 +17,8 @@ def merge_settings(wildcards):
 
 def merge_code(wildcards):
     student = student_of(wildcards)
-    return code(
-        "m2d.students.merge",
-        grouping=[student["grouping"]],
-        scaling=[student["scaling"]],
-    )
+    uses = {kind: [student[kind]] for kind in ("grouping", "scaling")}
+    return teacher_code("m2d.students.merge", **uses)(wildcards)
 
 
 rule merge_student:

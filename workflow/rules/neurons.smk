@@ -26,7 +26,7 @@ rule measure_neurons:
         model=model_of,
         neurons=lambda wildcards: commands.neurons_options(wildcards.neurons),
         options=compute_options,
-        code=code("m2d.statistics.neurons"),
+        code=teacher_code("m2d.statistics.neurons"),
     shell:
         """
         m2d neurons {params.model:q} {output:q} --tokens {input.calibration:q} \
@@ -60,7 +60,9 @@ rule merge_neurons:
         model=model_of,
         choice=lambda wildcards: student_of(wildcards)["neurons"],
         size=lambda wildcards: as_options(student_of(wildcards), commands.SIZE_KEYS),
-        code=code("m2d.students.merge", grouping=[], scaling=[]),
+        code=lambda wildcards: teacher_code(
+            "m2d.students.merge", neurons=[student_of(wildcards)["neurons"]]
+        )(wildcards),
     shell:
         """
         m2d merge {params.model:q} {output:q} --neurons {input.neurons:q} \

@@ -24,7 +24,7 @@ rule measure_teacher:
     params:
         model=model_of,
         options=compute_options,
-        code=code("m2d.evaluate.perplexity"),
+        code=teacher_code("m2d.evaluate.perplexity"),
     shell:
         """
         m2d perplexity {params.model:q} --tokens {input.tokens:q} --out {output:q} \
@@ -53,7 +53,7 @@ rule measure_student:
         runtime=sized("measure_student", "runtime"),
     params:
         options=compute_options,
-        code=code("m2d.evaluate.perplexity"),
+        code=teacher_code("m2d.evaluate.perplexity"),
     shell:
         """
         m2d perplexity {input.model:q} --tokens {input.tokens:q} --out {output:q} \

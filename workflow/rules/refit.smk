@@ -34,7 +34,7 @@ rule refit_student:
         model=model_of,
         variant=refit_options,
         options=compute_options,
-        code=code("m2d.refit.refit"),
+        code=teacher_code("m2d.refit.refit"),
     shell:
         """
         m2d refit {input.student:q} {params.model:q} {output:q} --tokens {input.tokens:q} \

@@ -50,7 +50,7 @@ rule compute_statistics:
         model=model_of,
         options=compute_options,
         timed=script("timed.py"),
-        code=code("m2d.statistics.routing"),
+        code=teacher_code("m2d.statistics.routing"),
     shell:
         """
         python {params.timed:q} {log:q} \
@@ -82,7 +82,7 @@ rule compute_gram:
         model=model_of,
         options=compute_options,
         timed=script("timed.py"),
-        code=code("m2d.statistics.gram"),
+        code=teacher_code("m2d.statistics.gram"),
     shell:
         """
         python {params.timed:q} {log:q} \
@@ -116,7 +116,7 @@ rule compute_share:
     params:
         model=model_of,
         options=compute_options,
-        code=lambda wildcards: code(SHARE_CODE[wildcards.kind]),
+        code=lambda wildcards: teacher_code(SHARE_CODE[wildcards.kind])(wildcards),
     shell:
         """
         m2d {wildcards.kind:q} {params.model:q} {output:q} --tokens {input.calibration:q} \

@@ -118,7 +118,11 @@ rule write_cards:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=lambda wildcards, attempt: 10 * attempt,
     params:
-        wording=code("m2d.students.card:model_card"),
+        wording=lambda wildcards: code(
+            "m2d.students.card:model_card",
+            words=True,
+            **by_pipeline(config, wildcards.pipeline),
+        ),
         code=code("m2d.report.cards"),
     shell:
         """

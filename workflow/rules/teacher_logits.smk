@@ -34,7 +34,7 @@ rule clear_teacher_logits:
         "../envs/m2d.yaml"
     params:
         options=logits_options,
-        code=code("m2d.distill.teacher_logits"),
+        code=teacher_code("m2d.distill.teacher_logits"),
     shell:
         """
         (cd "$(dirname {output:q})" && rm -rf index.json shard-* .shard-* *.done) 2>{log:q}
@@ -66,7 +66,7 @@ rule store_teacher_logits:
         spread=lambda wildcards, resources: (
             ["--device-map", "auto"] if (resources.get("gpu") or 0) > 1 else []
         ),
-        code=code("m2d.distill.teacher_logits"),
+        code=teacher_code("m2d.distill.teacher_logits"),
     shell:
         """
         m2d teacher-logits {params.model:q} "$(dirname {output:q})" --tokens {input.tokens:q} \

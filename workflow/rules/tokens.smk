@@ -46,7 +46,7 @@ rule make_tokens:
         model=model_of,
         settings=token_settings,
         source=lambda wildcards: commands.text_options(config, dataset_of(wildcards)),
-        code=code("m2d.tokens.tokenize"),
+        code=teacher_code("m2d.tokens.tokenize"),
     shell:
         """
         m2d tokenize {params.model:q} {output:q} {params.source:q} \
