@@ -1,29 +1,55 @@
 # make demo   set everything up and run the pipeline on the embedded demo teacher
 # make test   set everything up and run the tests
 # make test-slurm  run the workflow on a real Slurm, started for it (root; munge, slurmctld, slurmd)
+# make test-transformers4  read students with transformers 4 too, in an environment of its own
+# make test-serving  run every family's student in vLLM and llama.cpp, in environments of their own
 # make bench  measure what docs/performance.md states; 5 GB of disk, some minutes
+# make fuzz   3,000 hostile files for every command, an hour; make kills: 700 kills of every stage
 # make check  set everything up and run the static checks
 # make profiles  let snakemake --profile slurm find profiles/slurm
+# make docs   build the documentation into site/
 # Needs Python >= 3.11 and make; another interpreter: make demo PYTHON=python3.12
+# Without a GPU, the small wheel of torch: make demo TORCH=cpu
 
 PYTHON ?= python3
 VENV := .venv
+TRANSFORMERS4 ?= .venv-transformers4
+# TORCH=cpu takes torch's CPU wheel; without it, pip's choice, which may be CUDA's of some GB.
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url $(CPU_WHEELS))
+TORCH_VERSION := 2.13.0
 STAMP := $(VENV)/.installed
 # Rules of the workflow call `m2d`, and so find this environment's.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slurm bench check format rulegraph schema profiles clean help
+.PHONY: demo test test-slurm test-transformers4 test-serving bench check format rulegraph schema lock docs profiles clean help
 
 demo: $(STAMP)
-	$(IN_VENV) snakemake --profile profiles/local all_demo
-	$(IN_VENV) snakemake --profile profiles/local all_demo --report report.html
+	$(IN_VENV) snakemake --profile profiles/local --logger m2d -- all_demo
+	$(IN_VENV) snakemake --profile profiles/local --quiet all --report report.html -- all_demo
 	@echo "Tables: results/tables/all_demo   Figures: results/figures/all_demo   Report: report.html"
 
 test: $(STAMP)
 	$(IN_VENV) pytest -n 2 --dist loadgroup
 
+fuzz: $(STAMP)
+	$(IN_VENV) python -m tests.fuzz
+
+kills: $(STAMP)
+	$(IN_VENV) python -m tests.kills
+
 test-slurm: $(STAMP)
 	$(IN_VENV) pytest -m slurm tests/test_slurm.py
+
+# Its own environment, since no two versions of transformers go together. About 1 GB.
+test-transformers4: $(STAMP)
+	test -x $(TRANSFORMERS4)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS4)
+	$(TRANSFORMERS4)/bin/pip install -q torch==2.13.0 transformers==4.57.6 accelerate
+	$(IN_VENV) TRANSFORMERS4=$(TRANSFORMERS4)/bin/python pytest -m transformers4 tests/test_transformers4.py
+
+# Downloads some GB into build/serving; an hour on two cores. Writes the table of docs/serving.md.
+test-serving: $(STAMP)
+	$(IN_VENV) python tests/serving/run.py build/serving --table $(if $(INDEX),--index $(CPU_WHEELS))
 
 bench: $(STAMP)
 	$(IN_VENV) snakemake --profile profiles/local --quiet all -- all_demo
@@ -34,7 +60,7 @@ check: $(STAMP)
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
 	$(IN_VENV) snakefmt --check workflow
-	$(IN_VENV) snakemake --lint
+	$(IN_VENV) python workflow/scripts/lint.py
 
 format: $(STAMP)
 	$(IN_VENV) ruff check --fix .
@@ -47,6 +73,19 @@ rulegraph: $(STAMP)
 	$(VENV)/bin/python docs/figures/rulegraph.py <rulegraph.dot \
 	    | dot -Tsvg -o docs/figures/rulegraph.svg
 	rm rulegraph.dot
+
+# The exact versions, anew: of what uv finds newest, with torch's CPU wheel, whose pin holds for
+# all of its builds. Needs uv.
+lock:
+	echo "torch==$(TORCH_VERSION)+cpu" >torch.txt
+	uv pip compile -q pyproject.toml --extra dev --extra docs --python-version 3.11 --no-header \
+	    --no-annotate --upgrade --constraint torch.txt --index-strategy unsafe-best-match \
+	    --extra-index-url $(CPU_WHEELS) -o requirements.lock
+	sed -i 's/+cpu$$//' requirements.lock
+	rm torch.txt
+
+docs: $(STAMP)
+	$(IN_VENV) mkdocs build --strict
 
 # The config's JSON schema, for editors.
 schema: $(STAMP)
@@ -64,11 +103,11 @@ clean:
 	rm -rf results report.html
 
 help:
-	@sed -n 's/^# //p' Makefile | head -7
+	@sed -n 's/^# //p' Makefile | head -11
 
 # Debian's Python makes environments without pip unless python3-venv is installed; then the pip
 # outside serves the environment.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "m2d needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3"; exit 1; }
 	@if test -x $(VENV)/bin/python; then :; \
@@ -78,5 +117,5 @@ $(STAMP): pyproject.toml
 	@if test -x $(VENV)/bin/pip; then pip="$(VENV)/bin/python -m pip"; \
 	else pip="$(PYTHON) -m pip --python $(VENV)/bin/python"; fi; \
 	echo "Installing into $(VENV) (about 3 GB; minutes)"; \
-	$$pip install --disable-pip-version-check -q -e '.[dev]'
+	$$pip install --disable-pip-version-check -q $(INDEX) -r requirements.lock -e .
 	touch $@
