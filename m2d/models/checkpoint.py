@@ -21,6 +21,7 @@ from m2d.errors import UserError
 from m2d.models.entries import CODES, AnyEntry, Entry, blocks, read_entry, read_header
 from m2d.models.families import known_family
 from m2d.models.layouts import canonical
+from m2d.models.names import Names
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -34,18 +35,20 @@ class Checkpoint:
     """The tensors of a model folder, by canonical name: one safetensors file, or several.
 
     The folder's config.json says which family's layout to expect; without one, names on disk are
-    canonical. Raises UserError for unreadable files, or weights quantised in an unknown way.
+    canonical, or those that `names`, transformers' own table for a class, makes canonical. Raises
+    UserError for unreadable files, or weights quantised in an unknown way.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, names: Names | None = None):
         self.folder = folder
         found = tensors_of(folder)
         file = folder / "config.json"
         self.config: dict[str, Any] = read_json(file) if file.exists() else {}
         family = known_family(str(self.config.get("model_type")))
-        layout = canonical(folder, found, family, self.config)
+        layout = canonical(folder, found, family, self.config, names)
         self.entries: dict[str, AnyEntry] = layout.entries
         self.on_disk, self.fused = layout.on_disk, layout.fused
+        self.files = found  # by name on disk, as it lies there
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -143,6 +146,7 @@ def write_safetensors(
             if isinstance(content, torch.Tensor):
                 if content.dtype != dtype or tuple(content.shape) != shape:
                     raise ValueError(f"{name}: announced {dtype} {shape}, got {content.dtype}")
+                require_finite(content, name)
                 if content.numel():
                     stream.write(content.contiguous().view(-1).view(torch.uint8).numpy().data)
                 continue
@@ -152,7 +156,23 @@ def write_safetensors(
                 raise ValueError(f"{name}: announced {dtype} {shape}, got {found} bytes of {kinds}")
             for entry in content:
                 for part in blocks(entry, name, buffer):
+                    if dtype in CHECKED:
+                        require_finite(torch.frombuffer(part, dtype=dtype), name)
                     stream.write(part)
+
+
+# A copied block holds whole numbers of these, each.
+CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def require_finite(tensor: torch.Tensor, what: str) -> None:
+    """Raise a UserError where a tensor holds NaN or an infinity."""
+    if tensor.dtype in CHECKED and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise UserError(
+            f"{what}: {count} of its {tensor.numel()} numbers are not finite in "
+            f"{str(tensor.dtype).removeprefix('torch.')}"
+        )
 
 
 def plan_shards(specs: dict[str, Spec], max_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:

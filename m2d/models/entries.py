@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m2d.artifacts import reading
 from m2d.errors import UserError
 
 DTYPES = {
@@ -23,6 +24,9 @@ DTYPES = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -84,7 +88,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
     Raises UserError where the file is unreadable, cut off, or inconsistent.
     """
-    try:
+    with reading(file, "a readable safetensors file"):
         size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -96,9 +100,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             name: _entry(file, spec, data_start=8 + length, size=size)
             for name, spec in header.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-    return entries, metadata
+        return entries, metadata
 
 
 def _entry(file: Path, spec: dict[str, Any], data_start: int, size: int) -> Entry:

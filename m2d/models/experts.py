@@ -6,7 +6,7 @@ ones), k = top-k, H hidden size, I expert intermediate size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,44 +16,49 @@ from transformers.activations import ACT2FN
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.families import Family
+from m2d.models.widen import held
 
 TILE = 32  # tokens: products of a multiple of them waste nothing on a CPU's matrix units
 
 Glu = Callable[[Tensor], Tensor]
-"""What an expert does between its projections: [..., 2I], gate then up, to [..., I]."""
+"""What an expert does between its projections: [..., 2I], gate then up, to [..., I]; of experts
+without a gate, [..., I] to [..., I]."""
 
 
 def glu(config: Any) -> Glu:
     """act(gate) * up."""
     activation = ACT2FN[config.hidden_act]
 
-    def apply(gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return activation(gate) * up
-
-    return apply
+    return lambda gate_up: _act(activation, gate_up)
 
 
-def clamped_swiglu(config: Any) -> Glu:
-    """GPT-OSS: (up + 1) * gate * sigmoid(alpha * gate), gate clamped above, up on both sides."""
-    alpha, limit = config.swiglu_alpha, config.swiglu_limit
-
-    def apply(gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
-        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
-
-    return apply
+GLU: dict[str, Callable[[Any], Glu]] = {"glu": glu}
 
 
-GLU: dict[str, Callable[[Any], Glu]] = {"glu": glu, "clamped_swiglu": clamped_swiglu}
+def stock_glu(experts: Any, family: Family) -> Glu:
+    """What a stock module of experts does between its projections; of [..., I] without a gate."""
+    if not family.gated:
+        return cast(Glu, experts.act_fn)
+    apply = getattr(experts, "_apply_gate", None)
+    if apply is None:
+        return lambda gate_up: _act(experts.act_fn, gate_up)
+    if not family.interleaved:
+        return cast(Glu, apply)
+    return lambda gate_up: cast(
+        Tensor, apply(torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2))
+    )
+
+
+def _act(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up
 
 
 @dataclass
 class Expert:
-    """One feed-forward network: down(glu(gate(x), up(x)))."""
+    """One feed-forward network: down(glu(gate(x), up(x))), or down(act(up(x)))."""
 
-    gate_proj: Tensor  # [I, H]
+    gate_proj: Tensor | None  # [I, H]
     up_proj: Tensor  # [I, H]
     down_proj: Tensor  # [H, I]
     gate_bias: Tensor | None = None  # [I]
@@ -68,6 +73,8 @@ def read_expert(checkpoint: Checkpoint, family: Family, layer: int, expert: int)
         template.format(**where)
         for template in (family.gate_proj, family.up_proj, family.down_proj)
     ]
+    if not family.gated:
+        return Expert(None, *(checkpoint.read(name) for name in names[1:]))
     weights = [checkpoint.read(name) for name in names]
     if not family.biases:
         return Expert(*weights)
@@ -78,14 +85,39 @@ def read_expert(checkpoint: Checkpoint, family: Family, layer: int, expert: int)
 Observer = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
+class InputScalingBlock(nn.Module):
+    """Llama 4's block over StackedExperts: routed sums and the shared expert, in its own order."""
+
+    def __init__(self, block: nn.Module, experts: str, router: str):
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.paths, self.top_k = (experts, router), int(cast(int, block.top_k))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(output [N, H], router's logits [N, E]) of hidden [..., H]."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        experts, router = (self.get_submodule(path) for path in self.paths)
+        logits = functional.linear(flat, cast(Tensor, router.weight).to(flat.dtype))
+        top, index = torch.topk(logits, self.top_k, dim=1)
+        weights = torch.sigmoid(top.float()).to(flat.dtype)
+        others = [c for n, c in self.named_children() if n not in self.paths]
+        output = experts(flat, index, weights)
+        return sum((other(flat) for other in others), output), logits
+
+
 class StackedExperts(nn.Module):
     """All experts of a layer, with the interface of transformers' own experts modules.
 
     `observer(hidden_NH, top_k_index_NK, top_k_weights_NK, out_norm_NK)`, if set, is called with
     every batch; out_norm is ||f_e(x)|| of each selected expert, float32, before its weight. The
     last `shared` experts of the stack are always selected, in the last columns of the routing; they
-    are computed, but are not among `num_experts`, and no observer sees them.
+    are computed, but are not among `num_experts`, and no observer sees them. Weights narrower than
+    the hidden states are widened to their dtype, one expert at a time. With `scales_input` an
+    expert's weight multiplies its input; norms are then of outputs divided by their weights.
     """
+
+    widens = True
 
     def __init__(
         self,
@@ -95,6 +127,7 @@ class StackedExperts(nn.Module):
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
         shared: int = 0,
+        scales_input: bool = False,
     ):
         super().__init__()
         self.gate_up_proj = nn.Parameter(gate_up_proj, requires_grad=False)  # [E + S, 2I, H]
@@ -104,7 +137,7 @@ class StackedExperts(nn.Module):
         if isinstance(activation, str):
             self.activation = ACT2FN[activation]
         self.custom_glu = None if isinstance(activation, str) else activation
-        self.shared = shared
+        self.shared, self.scales_input = shared, scales_input
         self.observer: Observer | None = None
 
     @property
@@ -119,15 +152,24 @@ class StackedExperts(nn.Module):
         gate, up = gate_up.chunk(2, dim=-1)
         return self.activation(gate) * up
 
+    def gate_up(self, expert: int, hidden: Tensor) -> Tensor:
+        """What an expert's gate and up projections give, [N, 2I], of hidden [N, H]."""
+        weight = self.gate_up_proj[expert].to(hidden.dtype)
+        bias = None if self.gate_up_bias is None else self.gate_up_bias[expert].to(hidden.dtype)
+        return functional.linear(hidden, weight, bias)
+
     def inner(self, expert: int, hidden: Tensor) -> Tensor:
         """An expert's intermediate activations [N, I] of hidden [N, H]."""
-        bias = None if self.gate_up_bias is None else self.gate_up_bias[expert]
-        return self.glu(functional.linear(hidden, self.gate_up_proj[expert], bias))
+        return self.glu(self.gate_up(expert, hidden))
 
     def output(self, expert: int, hidden: Tensor) -> Tensor:
         """f_e(x) [N, H] of hidden [N, H]."""
-        bias = None if self.down_bias is None else self.down_bias[expert]
-        return functional.linear(self.inner(expert, hidden), self.down_proj[expert], bias)
+        return functional.linear(self.inner(expert, hidden), *self.down(expert, hidden.dtype))
+
+    def down(self, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """An expert's down projection [H, I] and its bias [H]."""
+        bias = None if self.down_bias is None else self.down_bias[expert].to(dtype)
+        return self.down_proj[expert].to(dtype), bias
 
     def parameters_of_routed(self) -> list[Tensor]:
         """Every routed expert's own weights and biases: tensors [E, any]."""
@@ -148,10 +190,18 @@ class StackedExperts(nn.Module):
             if not len(rows):
                 continue
             tokens = rows // k
-            out = self.output(expert, hidden[whole_tiles(tokens, hidden)])[: len(rows)]
-            output.index_add_(0, tokens, (out * weights[rows]).to(output.dtype))
+            taken = hidden[whole_tiles(tokens, hidden)]
+            if self.scales_input:
+                factor = weights[whole_tiles(rows, hidden)].to(hidden.dtype)
+                weighted = self.output(expert, taken * factor)[: len(rows)]
+                out = weighted / weights[rows]
+            else:
+                out = self.output(expert, taken)[: len(rows)]
+                weighted = out * weights[rows]
+            output.index_add_(0, tokens, weighted.to(output.dtype))
             if self.observer is not None:
-                norms[rows] = torch.linalg.vector_norm(out, dim=1, dtype=torch.float32)
+                wide = torch.promote_types(out.dtype, torch.float32)
+                norms[rows] = torch.linalg.vector_norm(out, dim=1, dtype=wide).float()
         if self.observer is not None:
             routed = slice(0, k - self.shared)
             self.observer(
@@ -186,17 +236,25 @@ def read_stacked(
     dtype: torch.dtype,
     shared: int = 0,
 ) -> StackedExperts:
-    """Read a layer's experts into one stack, expert by expert. shape: (E + S, I, H)."""
+    """Read a layer's experts into one stack, expert by expert. shape: (E + S, I, H).
+
+    They are kept in `dtype` or in that on disk, whichever is narrower.
+    """
     count, width, size = shape
-    gate_up = torch.empty(count, 2 * width, size, dtype=dtype)
+    halves = 2 if family.gated else 1
+    first = family.up_proj.format(layer=layer, expert=0)
+    if first in checkpoint.entries:
+        dtype = held(checkpoint.entry(first).dtype, dtype)
+    gate_up = torch.empty(count, halves * width, size, dtype=dtype)
     down = torch.empty(count, size, width, dtype=dtype)
     gate_up_bias = torch.empty(count, 2 * width, dtype=dtype) if family.biases else None
     down_bias = torch.empty(count, size, dtype=dtype) if family.biases else None
     for index in range(count):
         expert = read_expert(checkpoint, family, layer, index)
         check_shape(checkpoint, expert, layer, index, width, size)
-        gate_up[index, :width] = expert.gate_proj
-        gate_up[index, width:] = expert.up_proj
+        if expert.gate_proj is not None:
+            gate_up[index, :width] = expert.gate_proj
+        gate_up[index, -width:] = expert.up_proj
         down[index] = expert.down_proj
         if gate_up_bias is not None and down_bias is not None:
             assert expert.gate_bias is not None
@@ -205,7 +263,9 @@ def read_stacked(
             gate_up_bias[index, :width] = expert.gate_bias
             gate_up_bias[index, width:] = expert.up_bias
             down_bias[index] = expert.down_bias
-    return StackedExperts(gate_up, down, activation, gate_up_bias, down_bias, shared)
+    return StackedExperts(
+        gate_up, down, activation, gate_up_bias, down_bias, shared, family.scales_input
+    )
 
 
 def check_shape(

@@ -1,8 +1,7 @@
 """Model families as data: where a family keeps its experts, and what its student is.
 
-Adding a family is adding an entry to FAMILIES; docs/extending.md walks through one. Everything that
-stock transformers already knows (attention, norms, which layers are sparse) is asked of its model
-class, not repeated here. A model that is in no entry is described by m2d.models.derive.
+Everything that stock transformers knows is read off its model class by m2d.models.derive. Said here
+is what no class says: which dense class is a family's sibling. docs/extending.md has more.
 """
 
 import re
@@ -25,11 +24,14 @@ class Family:
     Module paths are relative to a decoder layer. Tensor names are canonical ones: those of the
     stock model's modules, except that every expert has its own `.gate_proj.weight` and so on (and
     `.bias`) below `{experts}.{expert}`, however the file keeps them. Config keys are attributes
-    of the transformers config.
+    of the transformers config, of a composite model's text config.
     """
 
     model_type: str
+    teacher_text_type: str
+    """Of the teacher's text config: model_type itself but for composite models."""
     student_model_type: str
+    """Of the student's text config."""
     student_architecture: str
     num_experts: str
     """Config key: experts on disk, E (with those that `shared_in_experts` counts)."""
@@ -45,14 +47,21 @@ class Family:
     """p_t over all experts, before top-k: "softmax" or "sigmoid" of the router's logits."""
     router_float32: bool = False
     """Whether the router computes its logits in float32 whatever the model's dtype."""
-    glu: str = "glu"
-    """What an expert does between its projections; a key of m2d.models.experts.GLU."""
+    glu: str = "stock"
+    """What an expert does between its projections: a key of m2d.models.experts.GLU, or "stock",
+    what the class does."""
+    gated: bool = True
+    """Whether experts have a gate projection."""
     biases: bool = False
     """Whether experts have biases."""
+    scales_input: bool = False
+    """Whether an expert's weight multiplies its input rather than its output."""
 
     # How the file keeps what is not under its canonical name.
     renames: tuple[tuple[str, str], ...] = ()
     """(regular expression, replacement), each applied to every name on disk, in order."""
+    names: Any = field(default=None, compare=False, repr=False)
+    """transformers' own table of names, a m2d.models.names.Names, where the class has one."""
     transposed: bool = False
     """Whether fused expert tensors are [E, in, out] rather than [E, out, in]."""
     interleaved: bool = False
@@ -60,30 +69,56 @@ class Family:
 
     # What else is in a MoE block. Shared experts are appended to a dense student's FFN.
     shared: str | None = None
-    """Module path of a shared FFN that is added to the routed output, without a gate."""
+    """Module path of a shared FFN that is added to the routed output."""
+    shared_gate: str | None = None
+    """Module path of its gate: a projection to one number, whose sigmoid multiplies it. A dense
+    FFN holds no such gate: a student's is a constant (plan.json's shared_scale)."""
     shared_in_experts: str | None = None
     """Config key: how many of the last experts are shared: always taken, with weight 1."""
+    routed_factor: float = 1.0
+    """What the block multiplies the experts' sum by."""
 
     # The student.
     layers: str = "model.layers"
+    head: str = "lm_head"
+    """Module path of the output embedding."""
+    student_layers: str | None = None
+    """The same of the student, where it differs; `student_head` likewise."""
+    student_head: str | None = None
     dense: str = "mlp"
     """Module path of a dense layer's FFN, teacher and student alike."""
-    one_expert: bool = False
-    """Whether the student is the teacher's own class with one expert, and all else as it was."""
-    one_expert_weight: float = 1.0
-    """The weight that the student's router gives that expert."""
+    student_experts: int = 0
+    """How many experts a student of the teacher's own class has, all of them always taken; 0 where
+    its layers are dense."""
+    expert_weights: tuple[float, ...] = (1.0,)
+    """The weights that such a student's router, of zeros, gives them."""
+    student_class: str = "sibling"
+    text_only: bool = False
+    """Whether the student is the text model of a composite teacher alone."""
     width_key: str = "intermediate_size"
-    """Config key of the student that holds the width of its FFN."""
+    """Config key of the student that holds the width of its FFN, or of one of its experts."""
     student_config: Mapping[str, Any] = field(default_factory=dict)
     """Config keys that the student has otherwise than the teacher."""
     dropped_config_keys: frozenset[str] = frozenset()
     """Config keys of the teacher that only experts need."""
 
+    @property
+    def approximated(self) -> str | None:
+        """What of a MoE block the student does not hold exactly, other than the experts."""
+        if self.shared_gate and not self.student_experts:
+            return "the shared expert's gate, which depends on the token, is a constant"
+        return None
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """An expert's projections."""
+        return ("gate_proj", "up_proj", "down_proj") if self.gated else ("up_proj", "down_proj")
+
     def _expert(self, part: str) -> str:
         return f"{self.layers}.{{layer}}.{self.experts}.{{expert}}.{part}"
 
     def _dense(self, part: str) -> str:
-        return f"{self.layers}.{{layer}}.{self.dense}.{part}"
+        return f"{self.student_layers or self.layers}.{{layer}}.{self.dense}.{part}"
 
     @property
     def gate_proj(self) -> str:
@@ -102,7 +137,7 @@ class Family:
 
     @property
     def dense_gate_proj(self) -> str:
-        """Canonical tensor name of a dense layer's FFN, teacher and student alike."""
+        """Canonical tensor name of a dense layer's FFN in the student."""
         return self._dense("gate_proj.weight")
 
     @property
@@ -116,184 +151,43 @@ class Family:
         return self._dense("down_proj.weight")
 
 
-# Keys that say something of experts and nothing of a dense model.
-EXPERT_KEYS = frozenset(
-    {
-        "moe_intermediate_size",
-        "norm_topk_prob",
-        "num_experts",
-        "num_experts_per_tok",
-        "num_local_experts",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-    }
-)
-
-QWEN3_MOE = Family(
-    model_type="qwen3_moe",
-    student_model_type="qwen3",
-    student_architecture="Qwen3ForCausalLM",
-    num_experts="num_experts",
-    top_k="num_experts_per_tok",
-    expert_width="moe_intermediate_size",
-    dropped_config_keys=EXPERT_KEYS | {"decoder_sparse_step", "mlp_only_layers"},
-)
-
-# The class itself holds dense layers, of one width: the student is that class, dense throughout.
-DEEPSEEK_V2 = Family(
-    model_type="deepseek_v2",
-    student_model_type="deepseek_v2",
-    student_architecture="DeepseekV2ForCausalLM",
-    num_experts="n_routed_experts",
-    top_k="num_experts_per_tok",
-    expert_width="moe_intermediate_size",
-    router_float32=True,
-    shared="mlp.shared_experts",
-    student_config={"first_k_dense_replace": Of("num_hidden_layers")},
-)
-
-DEEPSEEK_V3 = Family(
-    model_type="deepseek_v3",
-    student_model_type="deepseek_v3",
-    student_architecture="DeepseekV3ForCausalLM",
-    num_experts="n_routed_experts",
-    top_k="num_experts_per_tok",
-    expert_width="moe_intermediate_size",
-    probabilities="sigmoid",
-    router_float32=True,
-    shared="mlp.shared_experts",
-    # The layers for multi-token prediction lie beyond the last, and are not carried over.
-    student_config={
-        "first_k_dense_replace": Of("num_hidden_layers"),
-        "num_nextn_predict_layers": 0,
-    },
-)
-
-GLM4_MOE = Family(
-    model_type="glm4_moe",
-    student_model_type="glm4_moe",
-    student_architecture="Glm4MoeForCausalLM",
-    num_experts="n_routed_experts",
-    top_k="num_experts_per_tok",
-    expert_width="moe_intermediate_size",
-    probabilities="sigmoid",
-    router_float32=True,
-    shared="mlp.shared_experts",
-    student_config={
-        "first_k_dense_replace": Of("num_hidden_layers"),
-        "num_nextn_predict_layers": 0,
-    },
-)
-
-# No dense class has its sinks and its clamped SwiGLU with biases.
-GPT_OSS = Family(
-    model_type="gpt_oss",
-    student_model_type="gpt_oss",
-    student_architecture="GptOssForCausalLM",
-    num_experts="num_local_experts",
-    top_k="num_experts_per_tok",
-    expert_width="intermediate_size",
-    router="mlp.router",
-    glu="clamped_swiglu",
-    biases=True,
-    transposed=True,
-    interleaved=True,
-    one_expert=True,
-    student_config={"num_local_experts": 1, "num_experts_per_tok": 1},
-    dropped_config_keys=frozenset({"num_experts", "experts_per_token"}),
-)
-
 # Remote code on the hub; m2d.models.emo has the forward pass, with Llama's names for the norms.
 EMO = Family(
     model_type="emo",
+    teacher_text_type="emo",
     student_model_type="llama",
     student_architecture="LlamaForCausalLM",
     num_experts="num_experts",
     top_k="num_experts_per_tok",
     expert_width="intermediate_size",
+    glu="glu",
     renames=(
         (r"\.pre_attention_layernorm\.", ".input_layernorm."),
         (r"\.pre_feedforward_layernorm\.", ".post_attention_layernorm."),
     ),
     shared_in_experts="num_shared_experts",
-    dropped_config_keys=EXPERT_KEYS | {"num_shared_experts", "always_active_experts"},
 )
 
-MIXTRAL = Family(
-    model_type="mixtral",
-    student_model_type="mistral",
-    student_architecture="MistralForCausalLM",
-    num_experts="num_local_experts",
-    top_k="num_experts_per_tok",
-    expert_width="intermediate_size",
-    renames=(
-        (r"\.block_sparse_moe\.", ".mlp."),
-        (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
-        (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
-        (r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
-    ),
-    dropped_config_keys=EXPERT_KEYS,
-)
+# Families that cannot be read off a class of transformers.
+FAMILIES = {EMO.model_type: EMO}
 
-GRANITE_MOE = Family(
-    model_type="granitemoe",
-    student_model_type="granite",
-    student_architecture="GraniteForCausalLM",
-    num_experts="num_local_experts",
-    top_k="num_experts_per_tok",
-    expert_width="intermediate_size",
-    experts="block_sparse_moe.experts",
-    router="block_sparse_moe.router",
-    renames=(
-        (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
-        (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
-        (r"\.block_sparse_moe\.router\.layer\.", ".block_sparse_moe.router."),
-    ),
-    dropped_config_keys=EXPERT_KEYS,
-)
-
-# Its queries and keys are normed over all heads at once, before the rotation, in pre-norm blocks.
-# The dense OLMo classes lack the one (OLMo) or the other (OLMo 2, 3).
-OLMOE = Family(
-    model_type="olmoe",
-    student_model_type="olmoe",
-    student_architecture="OlmoeForCausalLM",
-    num_experts="num_experts",
-    top_k="num_experts_per_tok",
-    expert_width="intermediate_size",
-    one_expert=True,
-    student_config={"num_experts": 1, "num_experts_per_tok": 1},
-)
-
-# Its shared expert has a gate that depends on the token, which no dense class holds.
-QWEN2_MOE = Family(
-    model_type="qwen2_moe",
-    student_model_type="qwen2_moe",
-    student_architecture="Qwen2MoeForCausalLM",
-    num_experts="num_experts",
-    top_k="num_experts_per_tok",
-    expert_width="moe_intermediate_size",
-    one_expert=True,
-    width_key="moe_intermediate_size",
-    student_config={"num_experts": 1, "num_experts_per_tok": 1},
-)
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        QWEN3_MOE,
-        DEEPSEEK_V2,
-        DEEPSEEK_V3,
-        GLM4_MOE,
-        GPT_OSS,
-        EMO,
-        MIXTRAL,
-        GRANITE_MOE,
-        OLMOE,
-        QWEN2_MOE,
-    )
+# model_type -> that of the dense class whose layers compute the same but for the experts. A family
+# that is not here, or whose shapes the class does not fit, has students of its own class.
+SIBLINGS = {
+    "cohere2_moe": "cohere2",
+    "ernie4_5_moe": "ernie4_5",
+    "flex_olmo": "olmo2",
+    "granitemoe": "granite",
+    "hunyuan_v1_moe": "hunyuan_v1_dense",
+    "mixtral": "mistral",
+    "qwen2_moe": "qwen2",
+    "qwen3_5_moe": "qwen3_5",
+    "qwen3_moe": "qwen3",
+    "qwen3_vl_moe": "qwen3_vl",
 }
+# Of a composite teacher's text model, where transformers has no dense class for it alone.
+TEXT_SIBLINGS = {"qwen3_vl_moe": "qwen3"}
+
 # Families that m2d.models.derive described in this process, by model_type.
 DESCRIBED: dict[str, Family] = {}
 
@@ -311,7 +205,7 @@ def expert_pattern(family: Family) -> re.Pattern[str]:
 
 
 def dense_pattern(family: Family) -> re.Pattern[str]:
-    """Matches the canonical names of a dense layer's FFN tensors, and nothing else."""
+    """Matches the canonical names of a student's dense FFN tensors, and nothing else."""
     templates = (family.dense_gate_proj, family.dense_up_proj, family.dense_down_proj)
     return re.compile("|".join(map(_numbers, templates)))
 

@@ -16,14 +16,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m2d.artifacts import atomic_path
+from m2d.artifacts import atomic_path, reading
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
+from m2d.models.fingerprint import require_teacher
 from m2d.models.teacher import Teacher
+from m2d.sealed import digest_of, require_digest, require_finite_arrays
 
 FORMAT = 1
 PARTS = ("alpha", "rows", "offset", "shift", "scale")
@@ -107,7 +109,9 @@ def write_folds(path: str | Path, folds: Folds, metadata: dict[str, Any]) -> Non
         for i, fold in folds.items()
         for part in PARTS
     }
-    about = {"format": FORMAT, "layers": reports(folds), **metadata}
+    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    require_finite_arrays(path, arrays)
+    about = {"format": FORMAT, "sha256": digest_of(arrays), "layers": reports(folds), **metadata}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, {"m2d": json.dumps(about)})
 
@@ -117,20 +121,19 @@ def read_folds(path: str | Path) -> tuple[dict[int, LayerFold], dict[str, Any]]:
 
     Raises UserError where the file is unreadable or not of this format.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})["m2d"])
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path}: format {metadata.get('format')!r}; {FORMAT} is read")
-            found = [FoldReport(**report) for report in metadata["layers"]]
-            folds = {
-                report.layer: LayerFold(
-                    report, *(file.get_tensor(f"layers.{report.layer}.{part}") for part in PARTS)
-                )
-                for report in found
-            }
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a fold file ({error}); make one with m2d fold") from None
+    with reading(path, "a fold file; make one with m2d fold"), safe_open(path, "pt") as file:
+        metadata = json.loads((file.metadata() or {})["m2d"])
+        if metadata.get("format") != FORMAT:
+            raise UserError(f"{path}: format {metadata.get('format')!r}; {FORMAT} is read")
+        arrays = {n: file.get_tensor(n).numpy() for n in file.keys()}  # noqa: SIM118
+        require_digest(path, arrays, metadata)
+        found = [FoldReport(**report) for report in metadata["layers"]]
+        folds = {
+            report.layer: LayerFold(
+                report, *(file.get_tensor(f"layers.{report.layer}.{part}") for part in PARTS)
+            )
+            for report in found
+        }
     return folds, metadata
 
 
@@ -140,6 +143,8 @@ def folds_of(teacher: Teacher, path: str | Path) -> tuple[dict[int, LayerFold], 
     Raises UserError where the file is unreadable, or was made from another teacher.
     """
     folds, about = read_folds(path)
+    found = about.get("teacher_fingerprint")
+    require_teacher([(str(path), found)], teacher.fingerprint, teacher.name)
     shape = (teacher.num_experts, teacher.expert_width)
     fits = all(
         fold.alpha.shape == shape and fold.rows.shape[1] == teacher.config.hidden_size

@@ -7,6 +7,7 @@ read. Nothing here reads a tensor.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from m2d.errors import UserError
 from m2d.models.entries import AnyEntry, Derived, Entry
 from m2d.models.families import Family
+from m2d.models.names import Names
 from m2d.models.quantized import MXFP4_BLOCK, MXFP4_SUFFIXES, dequantize_mxfp4
 from m2d.models.schemes import plain_entries, read_scheme
 
@@ -35,19 +37,24 @@ class Layout:
 
 
 def canonical(
-    folder: Path, entries: dict[str, Entry], family: Family | None, config: dict[str, Any]
+    folder: Path,
+    entries: dict[str, Entry],
+    family: Family | None,
+    config: dict[str, Any],
+    own: Names | None = None,
 ) -> Layout:
     """The layout of a folder's entries.
 
-    config is config.json as it stands. Raises UserError for a quantisation that is not known, or
+    config is config.json as it stands; own, the names of a class that is no family's.
+    Raises UserError for a quantisation that is not known, or
     parts that do not fit together.
     """
     dtype = _float_dtype(config)
     plain = plain_entries(folder, entries, read_scheme(folder, config), dtype)
-    rename = _renamer(family)
-    names = {rename(name): name for name in plain}
-    renamed: dict[str, AnyEntry] = {new: plain[old] for new, old in names.items()}
-    fused = _split_experts(folder, renamed, names, family, dtype) if family else False
+    names, renamed = _renamed(plain, family, own)
+    text = config.get("text_config")
+    size = (text if isinstance(text, dict) else config).get("hidden_size")
+    fused = _split_experts(folder, renamed, names, family, dtype, size) if family else False
     return Layout(renamed, names, fused)
 
 
@@ -57,15 +64,41 @@ def _float_dtype(config: dict[str, Any]) -> torch.dtype:
     return named if isinstance(named, torch.dtype) else torch.bfloat16
 
 
-def _renamer(family: Family | None) -> Any:
-    patterns = [(re.compile(old), new) for old, new in family.renames] if family else []
+def _renamed(
+    entries: Mapping[str, AnyEntry], family: Family | None, own: Names | None
+) -> tuple[dict[str, str], dict[str, AnyEntry]]:
+    """Canonical name -> name on disk, and -> entry; parts of one tensor are joined."""
+    table: Names | None = family.names if family else own
+    if table is None:
+        patterns = [(re.compile(old), new) for old, new in family.renames] if family else []
+        names = {}
+        for old in entries:
+            new = old
+            for pattern, replacement in patterns:
+                new = pattern.sub(replacement, new)
+            names[new] = old
+        return names, {new: entries[old] for new, old in names.items()}
+    names = {}
+    renamed: dict[str, AnyEntry] = {}
+    parts: dict[tuple[str, int], list[tuple[tuple[int, int], str]]] = {}
+    for old, found in table.of(entries).items():
+        if found.part is None:
+            names[found.name], renamed[found.name] = old, entries[old]
+        else:
+            parts.setdefault((found.name, found.axis), []).append((found.part, old))
+    for (name, axis), places in parts.items():
+        found_parts = [entries[old] for _, old in sorted(places)]
+        sources = tuple(one for one in found_parts if isinstance(one, Entry))
+        if len(sources) != len(found_parts):
+            continue  # quantised; the tensor is then missed by its name
+        shape = list(sources[0].shape)
+        shape[axis] = sum(source.shape[axis] for source in sources)
+        renamed[name] = Derived(sources, partial(_join, axis=axis), sources[0].dtype, tuple(shape))
+    return names, renamed
 
-    def rename(name: str) -> str:
-        for pattern, replacement in patterns:
-            name = pattern.sub(replacement, name)
-        return name
 
-    return rename
+def _join(*parts: Tensor, axis: int) -> Tensor:
+    return torch.cat(parts, dim=axis)
 
 
 def _split_experts(
@@ -74,10 +107,13 @@ def _split_experts(
     names: dict[str, str],
     family: Family,
     dtype: torch.dtype,
+    size: int | None,
 ) -> bool:
     """Replace fused expert tensors by one entry per expert and projection."""
     path = re.escape(f"{family.layers}.") + r"\d+" + re.escape(f".{family.experts}")
-    tensor = r"(?P<kind>gate_up_proj|down_proj)(?P<bias>_bias)?(?P<blocks>_blocks)?"
+    tensor = (
+        r"(?P<kind>gate_up_proj|gate_proj|up_proj|down_proj)(?P<bias>_bias)?(?P<blocks>_blocks)?"
+    )
     pattern = re.compile(rf"(?P<path>{path})\.{tensor}")
     found = [match for name in entries if (match := pattern.fullmatch(name))]
     for match in found:
@@ -93,17 +129,26 @@ def _split_experts(
             if 2 * entry.shape[-1] != MXFP4_BLOCK:
                 raise UserError(f"{folder}: {name} has blocks of {2 * entry.shape[-1]}, not 32")
             names[whole] = names.pop(name).removesuffix(MXFP4_SUFFIXES[0])
-        projections = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        projections = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        turned = family.transposed or _is_turned(family, kind, entry, size)
         for index in range(entry.shape[0]):
             for position, projection in enumerate(projections):
                 entries[f"{match['path']}.{index}.{projection}.{part}"] = _cut(
                     _item(entry, index),
                     None if scales is None else _item(scales, index),
-                    family,
+                    turned,
+                    family.interleaved,
                     dtype,
                     position if len(projections) == 2 else None,
                 )
     return bool(found)
+
+
+def _is_turned(family: Family, kind: str, entry: AnyEntry, size: int | None) -> bool:
+    """Whether a fused tensor is one that transformers transposes while loading: by its shape."""
+    if size is None or family.names is None or not family.names.transposes_experts:
+        return False
+    return len(entry.shape) == 3 and entry.shape[1 if kind == "down_proj" else 2] != size
 
 
 def _item(entry: AnyEntry, index: int) -> AnyEntry:
@@ -115,7 +160,12 @@ def _item(entry: AnyEntry, index: int) -> AnyEntry:
 
 
 def _cut(
-    entry: AnyEntry, scales: AnyEntry | None, family: Family, dtype: torch.dtype, half: int | None
+    entry: AnyEntry,
+    scales: AnyEntry | None,
+    transposed: bool,
+    interleaved: bool,
+    dtype: torch.dtype,
+    half: int | None,
 ) -> AnyEntry:
     """One expert's projection. half: 0 for gate, 1 for up, None for down."""
     if scales is not None:  # MXFP4 is [out, in / 32, 16] whatever the unquantised layout
@@ -123,20 +173,20 @@ def _cut(
         assert isinstance(scales, Entry)
         rows, groups, size = entry.shape
         own = (rows if half is None else rows // 2, groups * size * 2)
-        compute = partial(_cut_mxfp4, half=half, interleaved=family.interleaved, dtype=dtype)
+        compute = partial(_cut_mxfp4, half=half, interleaved=interleaved, dtype=dtype)
         return Derived((entry, scales), compute, dtype, own)
     is_bias = len(entry.shape) == 1
-    transposed = family.transposed and not is_bias
+    transposed = transposed and not is_bias
     if half is None and not transposed:
         return entry
     count = entry.shape[-1 if transposed else 0]
-    contiguous = isinstance(entry, Entry) and not transposed and not family.interleaved
+    contiguous = isinstance(entry, Entry) and not transposed and not interleaved
     if contiguous and isinstance(entry, Entry) and half is not None:
         return entry.rows(half * count // 2, (half + 1) * count // 2)
     shape: tuple[int, ...] = entry.shape[::-1] if transposed else entry.shape
     if half is not None:
         shape = (shape[0] // 2, *shape[1:])
-    compute = partial(_cut_tensor, half=half, interleaved=family.interleaved, transposed=transposed)
+    compute = partial(_cut_tensor, half=half, interleaved=interleaved, transposed=transposed)
     if isinstance(entry, Derived):
         inner = entry.compute
         return Derived(entry.sources, lambda *parts: compute(inner(*parts)), entry.dtype, shape)

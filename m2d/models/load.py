@@ -18,9 +18,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import _get_device_map, expand_device_map
 
 from m2d.errors import UserError
-from m2d.models.checkpoint import Checkpoint
+from m2d.models.checkpoint import Checkpoint, require_finite
+from m2d.models.names import names_of
 from m2d.models.parameters import Fused, check_tensors, is_buffer, wanted_of
-from m2d.models.skeleton import experts_modules, kept_in_float32, make_skeleton
+from m2d.models.skeleton import experts_modules, in_text, kept_in_float32, make_skeleton
+from m2d.models.widen import held, widen
 from m2d.options import SPREADS
 from m2d.progress import progress
 
@@ -32,14 +34,21 @@ def check_model(folder: Path, config: PretrainedConfig) -> None:
     """Raise a UserError where load_model would, as far as the files' headers tell."""
     model = make_skeleton(config, folder)
     _know_family(model, config, folder)
-    check_tensors(Checkpoint(folder), wanted_of(model))
+    check_tensors(Checkpoint(folder, names_of(model)), wanted_of(model))
 
 
 def load_model(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype, where: Where
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    where: Where,
+    *,
+    narrow: bool = False,
 ) -> PreTrainedModel:
     """A stock causal LM on a device, or spread over several. No code of the folder is run.
 
+    dtype: of its products, and of its weights, but for `narrow`: on one device these then stay as
+    they are on disk where that is narrower, and are widened product by product.
     config: as m2d.models.teacher.read_config gives it. Raises UserError where the folder's tensors
     are not just those of the class, are not finite, or do not fit in the devices.
     """
@@ -47,12 +56,13 @@ def load_model(
     config.dtype = dtype  # buffers that the class computes are of the default dtype
     model = make_skeleton(config, folder)
     _know_family(model, config, folder)
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, names_of(model))
     wanted = wanted_of(model)
     check_tensors(checkpoint, wanted)
     spread = _spread(model, where, dtype, folder)
     devices = expand_device_map(spread, [name for name, _ in _tensors_of(model)])
     in_float32 = kept_in_float32(model, dtype)
+    narrow = narrow and len(set(spread.values())) == 1
     names = [name for name in (*wanted.plain, *wanted.fused) if name not in wanted.tied]
     first = os.environ.get("RANK", "0") == "0"
     for name in progress(names, f"{folder.name}, tensors") if first else names:
@@ -60,26 +70,27 @@ def load_model(
         if one is None and name not in checkpoint:
             continue  # what the class computes itself
         own = torch.float32 if in_float32(name) else dtype
+        if narrow:
+            own = held(checkpoint.entry(one.names(0)[0] if one else name).dtype, own)
         tensor = _join(checkpoint, one, own) if one else checkpoint.read(name)
         if tensor.is_floating_point():
             require_finite(tensor, f"{folder}: {name}")
             tensor = tensor.to(own)
         _assign(model, name, tensor.to(devices[name]))
     model.tie_weights()
+    if narrow:
+        widen(model, dtype)
     for name, buffer in list(model.named_buffers()):  # those that the class computed, too
         _assign(model, name, buffer.to(devices[name]))
     if len(set(spread.values())) > 1:
         dispatch_model(model, spread, skip_keys=model._skip_keys_device_placement)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{folder}: a parameter was left without a value")  # a class of new kind
+    of_text = in_text(model)
+    for name, parameter in model.named_parameters():
+        if not of_text(name):
+            parameter.requires_grad_(False)  # a vision tower sees no image here
     return model.eval()
-
-
-def require_finite(tensor: Tensor, what: str) -> None:
-    """Raise a UserError where a tensor holds NaN or an infinity."""
-    if not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise UserError(f"{what} holds {count} numbers that are not finite, of {tensor.numel()}")
 
 
 def _know_family(model: PreTrainedModel, config: PretrainedConfig, folder: Path) -> None:

@@ -16,10 +16,17 @@ from transformers import PreTrainedModel
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.entries import AnyEntry, Entry, blocks
+from m2d.models.skeleton import are_experts, in_text, is_stack, layers_path
 
 # Of old checkpoints: buffers that every version of their classes computes itself.
 COMPUTED = re.compile(r".*\.(rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias)")
-PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# Heads that predict more than the next token.
+MTP = re.compile(r"(?:^|\.)mtp(?:\.|_)")
+PARTS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,10 @@ class Wanted:
     """Regular expressions of what the class knows of and leaves in the file."""
     computed: tuple[str, ...]
     """Regular expressions of what the class makes itself where the file lacks it."""
+    text_only: bool = False
+    """Whether parts other than the text model are left aside."""
+    layers: str = "model.layers"
+    """Module path of the decoder layers."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape, of everything."""
@@ -85,16 +96,19 @@ class Wanted:
         return found
 
 
-def wanted_of(model: PreTrainedModel) -> Wanted:
-    """What a class on the meta device wants."""
+def wanted_of(model: PreTrainedModel, text_only: bool = False) -> Wanted:
+    """What a class on the meta device wants; text_only: for its text model alone."""
+    of_text = in_text(model) if text_only else lambda _: True
     fused: dict[str, Fused] = {}
     for path, module in model.named_modules():
-        if hasattr(module, "is_concatenated") and hasattr(module, "down_proj"):
+        if are_experts(module):
             for name, parameter in module.named_parameters(recurse=False):
                 stem = name.removesuffix("_bias")
                 if stem in PARTS:
                     fused[f"{path}.{name}"] = _fused(path, name, module, tuple(parameter.shape))
-    state = {name: t for name, t in model.state_dict().items() if name not in fused}
+    state = {
+        name: t for name, t in model.state_dict().items() if name not in fused and of_text(name)
+    }
     return Wanted(
         {name: tuple(tensor.shape) for name, tensor in state.items()},
         fused,
@@ -102,14 +116,17 @@ def wanted_of(model: PreTrainedModel) -> Wanted:
         frozenset(name for name, tensor in state.items() if tensor.is_floating_point()),
         tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()),
+        text_only,
+        layers_path(model),
     )
 
 
 def _fused(path: str, name: str, module: Any, shape: tuple[int, ...]) -> Fused:
     kind = "bias" if name.endswith("_bias") else "weight"
     parts = tuple(f"{part}.{kind}" for part in PARTS[name.removesuffix("_bias")])
-    transposed = bool(module.is_transposed)
-    return Fused(f"{path}.{name}", path, shape, parts, transposed, not module.is_concatenated)
+    _, transposed = is_stack(module)
+    interleaved = not getattr(module, "is_concatenated", True)
+    return Fused(f"{path}.{name}", path, shape, parts, transposed, interleaved)
 
 
 def check_tensors(checkpoint: Checkpoint, wanted: Wanted) -> None:
@@ -146,6 +163,12 @@ def check_tensors(checkpoint: Checkpoint, wanted: Wanted) -> None:
             )
 
 
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a composite config.json, what it says of the text model."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
 def _count(names: list[str], what: str) -> list[str]:
     tensors = "tensor is" if len(names) == 1 else "tensors are"
     return [f"{len(names)} {tensors} {what} ({names[0]})"] if names else []
@@ -170,9 +193,13 @@ def _check_one(
 def _unused(name: str, wanted: Wanted, checkpoint: Checkpoint) -> bool:
     if COMPUTED.fullmatch(name) or any(re.search(part, name) for part in wanted.unused):
         return True
-    config = checkpoint.config
+    if wanted.text_only and not name.startswith(wanted.layers.removesuffix("layers")):
+        return True
+    if MTP.search(name):
+        return True
+    config = text_part(checkpoint.config)
     layers, extra = (config.get(k) for k in ("num_hidden_layers", "num_nextn_predict_layers"))
-    match = re.match(r"model\.layers\.(\d+)\.", name)
+    match = re.match(re.escape(wanted.layers) + r"\.(\d+)\.", name)
     return bool(
         match
         and isinstance(layers, int)

@@ -23,24 +23,38 @@ class RouterRows(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.weight, self.bias = weight, bias  # [E, H], [E]
+        self.seen: Tensor | None = None
+        """What the router itself was last called with [N, H], where that is known: a norm of its
+        own may come before it."""
+        self.shared_gate: Tensor | None = None
+        """[1, H]: of the shared expert, where it has one."""
 
 
-def routed_rows(router: nn.Module, num_experts: int) -> nn.Module:
-    """The router itself, or its first E rows where the later ones are of shared experts."""
-    weight = cast(Tensor, router.weight)
-    if weight.shape[0] == num_experts:
-        return router
-    bias = getattr(router, "bias", None)
+def routed_rows(router: nn.Module, num_experts: int) -> RouterRows:
+    """A router's rows, the first E where the later ones are of shared experts."""
+    weight, bias = cast(Tensor, router.weight), getattr(router, "bias", None)
     return RouterRows(weight[:num_experts], None if bias is None else bias[:num_experts])
 
 
 def router_logits(router: nn.Module, hidden: Tensor, float32: bool = False) -> Tensor:
-    """Logits [N, E] of hidden [N, H], in the router's own precision."""
+    """Logits [N, E] in the router's own precision, of hidden [N, H] or of what it was given."""
+    seen = getattr(router, "seen", None)
+    hidden = hidden if seen is None else seen
     weight, bias = cast(Tensor, router.weight), getattr(router, "bias", None)
     if float32:
         hidden, weight = hidden.float(), weight.float()
         bias = None if bias is None else bias.float()
-    return functional.linear(hidden, weight, bias)
+    wide = torch.promote_types(hidden.dtype, weight.dtype)  # weights may be held narrower
+    bias = None if bias is None else bias.to(wide)
+    return functional.linear(hidden.to(wide), weight.to(wide), bias)
+
+
+def shared_weights(router: nn.Module, hidden: Tensor) -> Tensor | None:
+    """The weight of the shared expert [N] of hidden [N, H]; None where it has no gate."""
+    gate = getattr(router, "shared_gate", None)
+    if gate is None:
+        return None
+    return torch.sigmoid(functional.linear(hidden, gate.to(hidden.dtype)))[:, 0]
 
 
 def router_gram(router: nn.Module) -> Tensor:

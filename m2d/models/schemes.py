@@ -30,6 +30,8 @@ from m2d.models.quantized import (
 )
 
 MODELOPT_FILE = "hf_quant_config.json"
+# Of config.json.
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
 METHODS = ("mxfp4", "fp8", "fbgemm_fp8", "modelopt", "compressed-tensors", "awq", "gptq")
 FORMATS = (
     "dense",
@@ -112,7 +114,7 @@ def _positive(value: Any) -> bool:
 def _settings(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], Path]:
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTISATION_KEYS:
             if found := part.get(key):
                 if not isinstance(found, dict):
                     raise UserError(f"{folder / 'config.json'}: {key} must be an object")

@@ -9,7 +9,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from m2d.errors import UserError
 
@@ -35,11 +40,22 @@ class _LargeOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """The Auto class that loads what a config describes: composite models whole, not their text."""
+    known: Any = AutoModelForImageTextToText._model_mapping
+    composite = config.get_text_config() is not config
+    causal: Any = AutoModelForCausalLM._model_mapping
+    if type(config) in known and (composite or type(config) not in causal):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def make_skeleton(config: PretrainedConfig, where: Path | str) -> PreTrainedModel:
     """The stock model class with parameters on the meta device, buffers real."""
     try:
         with init_empty_weights(include_buffers=False), _LargeOnMeta():
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+            made = auto_class(config).from_config(config, trust_remote_code=False)
+            return cast(PreTrainedModel, made.eval())
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise UserError(
@@ -54,9 +70,64 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str
     return lambda name: any(part in name for part in parts)
 
 
+def text_key(config: PretrainedConfig) -> str | None:
+    """The key of a composite config that holds its text model's; None for a text model itself."""
+    text = config.get_text_config()
+    if text is config:
+        return None
+    return next(key for key in config.sub_configs if getattr(config, key, None) is text)
+
+
+def decoder_path(model: PreTrainedModel) -> str:
+    """Module path of the text decoder: what has the embeddings, the layers and the last norm."""
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "layers"):
+        decoder = getattr(decoder, "model", decoder)  # Llama 4's language model has its own head
+    for path, module in model.named_modules():
+        if module is decoder:
+            return path
+    return str(model.base_model_prefix)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The text decoder."""
+    return cast(nn.Module, model.get_submodule(decoder_path(model)))
+
+
+def head_path(model: PreTrainedModel) -> str:
+    """Module path of the output embedding."""
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), "lm_head")
+
+
+def layers_path(model: PreTrainedModel) -> str:
+    """Module path of the decoder layers."""
+    return f"{decoder_path(model)}.layers"
+
+
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a stock causal LM."""
-    return cast(nn.ModuleList, model.base_model.layers)
+    """The decoder layers."""
+    return cast(nn.ModuleList, decoder_of(model).layers)
+
+
+def text_paths(model: PreTrainedModel) -> tuple[str, ...]:
+    """Module paths of what predicts text from text: all of a model but for composite ones'."""
+    if text_key(model.config) is None:
+        return ("",)
+    return decoder_path(model), head_path(model)
+
+
+def in_text(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether a parameter of that name takes part in predicting text from text."""
+    paths = tuple(f"{path}." for path in text_paths(model) if path)
+    return (lambda name: name.startswith(paths)) if paths else (lambda _: True)
+
+
+def move_text(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model, what predicts text there; a composite one's rest may have no data."""
+    for path in text_paths(model):
+        model.get_submodule(path).to(device)
+    return model
 
 
 def has_module(layer: nn.Module, path: str) -> bool:
@@ -69,16 +140,40 @@ def has_module(layer: nn.Module, path: str) -> bool:
 
 
 def experts_modules(model: PreTrainedModel) -> dict[int, str]:
-    """Layer -> module path of its experts, for those with transformers' common interface."""
-    layers = getattr(model.base_model, "layers", None)
+    """Layer -> module path of its experts, for those with transformers' common interface.
+
+    Raises UserError where a layer has several.
+    """
+    layers = getattr(decoder_of(model), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         return {}
-    return {
-        index: path
-        for index, layer in enumerate(layers)
-        for path, module in layer.named_modules()
-        if hasattr(module, "is_concatenated") and hasattr(module, "down_proj")
-    }
+    found: dict[int, str] = {}
+    for index, layer in enumerate(layers):
+        paths = [path for path, module in layer.named_modules() if are_experts(module)]
+        if len(paths) > 1:
+            raise UserError(f"{type(model).__name__}: a layer has experts in {', '.join(paths)}")
+        if paths:
+            found[index] = paths[0]
+    return found
+
+
+def are_experts(module: nn.Module) -> bool:
+    """Whether a module holds all experts of a layer: stacked up and down projections."""
+    own = dict(module.named_parameters(recurse=False))
+    up = own.get("gate_up_proj", own.get("up_proj"))
+    down = own.get("down_proj")
+    return up is not None and down is not None and up.dim() == down.dim() == 3
+
+
+def is_stack(experts: nn.Module) -> tuple[bool, bool]:
+    """Whether stacked experts have gates, and whether they are [E, in, out]."""
+    gated = hasattr(experts, "gate_up_proj")
+    up, down = (
+        experts.get_parameter(n) for n in ("gate_up_proj" if gated else "up_proj", "down_proj")
+    )
+    own = getattr(experts, "is_transposed", None)
+    width = down.shape[2] * (2 if gated else 1)
+    return gated, up.shape[1] != width if own is None else bool(own)
 
 
 def count_parameters(model: torch.nn.Module) -> int:

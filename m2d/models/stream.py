@@ -5,21 +5,39 @@ masks and positions (recorded once), and its own head makes the logits. Only the
 replaced, by StackedExperts, which computes the same and can be observed.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from m2d.devices import announce, free_memory, release_freed_memory
 from m2d.errors import UserError
-from m2d.memory import release_freed_memory
 from m2d.models.checkpoint import Checkpoint
-from m2d.models.experts import GLU, Glu, StackedExperts, read_stacked
+from m2d.models.experts import (
+    GLU,
+    Glu,
+    InputScalingBlock,
+    StackedExperts,
+    read_stacked,
+    stock_glu,
+)
 from m2d.models.families import expert_pattern
+from m2d.models.hidden import IN_MEMORY_BYTES, HiddenStates
+from m2d.models.resume import Kept
 from m2d.models.routers import routed_rows
-from m2d.models.skeleton import kept_in_float32
+from m2d.models.skeleton import (
+    decoder_of,
+    in_text,
+    kept_in_float32,
+    layers_path,
+    move_text,
+    text_paths,
+)
 from m2d.models.teacher import Teacher, layers_of
+from m2d.models.widen import held, widen
 from m2d.progress import progress
 
 # Called with every batch of a MoE layer: (layer index, router module, experts module, hidden
@@ -53,42 +71,58 @@ class StreamedTeacher:
     """Runs a teacher's layers in turn over fixed tokens.
 
     Memory: two layers' weights (the next is read while one computes), one hidden state per token,
-    and the embeddings and head.
+    and the embeddings and head; weights in the dtype on disk where `dtype`, that of the products,
+    is wider.
     """
 
     def __init__(self, teacher: Teacher, dtype: torch.dtype, device: torch.device):
         self.teacher, self.dtype, self.device = teacher, dtype, device
+        announce(teacher.name, teacher.dtype, dtype, device)
         self.checkpoint = Checkpoint(teacher.folder)
         self.is_expert = expert_pattern(teacher.family).fullmatch
-        self.model = teacher.skeleton
-        self.layers = [
-            layer.__dict__["stood_here"] if isinstance(layer, _Tap) else layer
-            for layer in layers_of(self.model)
-        ]
-        self.prefixes = [f"{_layers_path(self.model)}.{i}." for i in range(len(self.layers))]
+        # A copy, still without weights: the caller's teacher stays whole.
+        self.model = copy.deepcopy(teacher.skeleton)
+        self.layers = list(layers_of(self.model))
+        path = layers_path(self.model)
+        self.prefixes = [f"{path}.{i}." for i in range(len(self.layers))]
         self.taps = [_Tap(layer) for layer in self.layers]
-        self.model.base_model.layers = nn.ModuleList(self.taps)
+        decoder_of(self.model).layers = nn.ModuleList(self.taps)
         glus = {i: _glu_of(teacher, self.layers[i]) for i in teacher.moe_layers}
         self.glus: dict[int, str | Glu] = glus
         self.in_float32 = kept_in_float32(self.model, dtype)
+        self.trunk = False  # whether embeddings, final norm and head are in memory
         self._load_trunk()
 
     def _load_trunk(self) -> None:
-        """Embeddings, final norm and head."""
-        inside = f"{_layers_path(self.model)}."
-        names = [n for n in self.checkpoint.entries if not n.startswith(inside)]
+        """Embeddings, final norm and head of the text model, unless they are there."""
+        if self.trunk:
+            return
+        self.trunk = True
+        inside = f"{layers_path(self.model)}."
+        of_text = in_text(self.model)
+        names = [n for n in self.checkpoint.entries if of_text(n) and not n.startswith(inside)]
         state = {name: self._read(name) for name in names}
         _check_state(self.model, state, self.checkpoint, "")
         self.model.load_state_dict(state, strict=False, assign=True)
         self.model.tie_weights()
-        _require_loaded(self.model, self.checkpoint, "")
-        cast(nn.Module, self.model).to(self.device)
+        for path in text_paths(self.model):
+            part = self.model.get_submodule(path)
+            _require_loaded(part, self.checkpoint, f"{path}." if path else "")
+            widen(part, self.dtype)
+        move_text(self.model, self.device)
+
+    def _drop_trunk(self) -> None:
+        """Free what no layer needs."""
+        _drop(self.model)
+        self.trunk = False
 
     def _read(self, name: str) -> Tensor:
         tensor = self.checkpoint.read(name)
         if not tensor.is_floating_point():
             return tensor
-        return tensor.float() if self.in_float32(name) else tensor.to(self.dtype)
+        if self.in_float32(name):
+            return tensor.float()
+        return tensor.to(held(tensor.dtype, self.dtype))
 
     def _load_layer(self, index: int) -> nn.Module:
         """The stock decoder layer with its weights, its experts stacked."""
@@ -97,57 +131,120 @@ class StreamedTeacher:
         if index in teacher.moe_layers:
             shared = teacher.shared_in_experts
             count = teacher.num_experts + shared
-            shape = (count, teacher.expert_width, teacher.config.hidden_size)
+            shape = (count, teacher.expert_width, teacher.expert_size)
+            family = teacher.family
             stacked = read_stacked(
-                self.checkpoint, teacher.family, index, shape, self.glus[index], self.dtype, shared
+                self.checkpoint, family, index, shape, self.glus[index], self.dtype, shared
             )
-            layer.set_submodule(teacher.family.experts, stacked)
+            layer.set_submodule(family.experts, stacked)
+            if family.scales_input:
+                path, _, name = family.experts.rpartition(".")
+                block = layer.get_submodule(path)
+                if not isinstance(block, InputScalingBlock):
+                    router = family.router.removeprefix(f"{path}.")
+                    layer.set_submodule(path, InputScalingBlock(block, name, router))
         names = [n for n in self.checkpoint.entries if n.startswith(prefix)]
         state = {n[len(prefix) :]: self._read(n) for n in names if not self.is_expert(n)}
         _check_state(layer, state, self.checkpoint, prefix)
         layer.load_state_dict(state, strict=False, assign=True)
         _require_loaded(layer, self.checkpoint, prefix)
-        return layer.to(self.device)
+        return widen(layer, self.dtype).to(self.device)
 
     @torch.no_grad()
     def run(
-        self, input_ids: Tensor, batch: int, visit: Visitor | None = None, title: str = "layers"
-    ) -> list[Tensor]:
+        self,
+        input_ids: Tensor,
+        batch: int,
+        visit: Visitor | None = None,
+        title: str = "layers",
+        kept: Kept | None = None,
+    ) -> HiddenStates:
         """Push input_ids [sequences, length] through every layer.
 
+        kept: to go on with after a kill; its totals are visited in place of `visit`.
         Returns the hidden states after the last layer, one [<= batch, length, H] tensor per
-        batch, before the final norm; `logits` turns them into logits.
+        batch, before the final norm; `logits` turns them into logits. Of a pass that is kept there
+        are none.
         """
         batches = input_ids.split(batch)
-        hidden: list[Tensor] = []
-        calls: dict[int, list[dict[str, Any]]] = {}  # by batch size, one per layer
-        for ids in batches:
+        if kept is not None:
+            kept.open(self.teacher.moe_layers)
+            visit = kept.totals.visit
+        start = 0 if kept is None else kept.finished
+        hidden = HiddenStates(len(batches), self.device, None if kept is None else kept.folder)
+        if start == len(self.layers):
+            return hidden
+        self._load_trunk()
+        calls = self._begin(batches, hidden, kept)
+        if kept is not None:
+            self._drop_trunk()
+        last = len(self.layers) - 1
+        units = range(start * len(batches), len(self.layers) * len(batches))
+        with ThreadPoolExecutor(1) as reader:
+            coming: Future[nn.Module] | None = reader.submit(self._load_layer, start)
+            for unit in progress(units, f"{title} x batches", len(self.layers) * len(batches)):
+                index, i = divmod(unit, len(batches))
+                if i == 0:
+                    assert coming is not None
+                    layer = coming.result()
+                    coming = reader.submit(self._load_layer, index + 1) if index < last else None
+                    self._observe(layer, index, visit)
+                    hidden.next_layer()
+                output = layer(hidden[i], **calls[len(batches[i])][index])
+                hidden[i] = output[0] if isinstance(output, tuple) else output
+                if i == len(batches) - 1:
+                    _drop(layer)
+                    release_freed_memory()
+                    if kept is not None:
+                        kept.done(index, hidden, index == last)
+        if kept is not None:
+            hidden.close()
+        return hidden
+
+    def _begin(
+        self, batches: Sequence[Tensor], hidden: HiddenStates, kept: Kept | None
+    ) -> dict[int, list[dict[str, Any]]]:
+        """Fill `hidden` with embeddings, or with what was kept; gives the layers' other arguments.
+
+        These are one for each layer, by batch size.
+        """
+        calls: dict[int, list[dict[str, Any]]] = {}
+        for i, ids in enumerate(batches):
+            if kept is not None and kept.finished and len(ids) in calls:
+                continue
             self.model(ids.to(self.device), use_cache=False, logits_to_keep=1)
             first = self.taps[0].hidden
             assert first is not None
-            hidden.append(first)
+            if not i:
+                shapes = [(len(b), *first.shape[1:]) for b in batches]
+                hidden.plan(shapes, first.dtype, self._in_memory())
+            if kept is None or not kept.finished:
+                hidden[i] = first
             calls.setdefault(len(ids), [tap.call for tap in self.taps])
-        with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self._load_layer, 0)
-            for index in progress(range(len(self.layers)), title):
-                layer = coming.result()
-                if index + 1 < len(self.layers):
-                    coming = reader.submit(self._load_layer, index + 1)
-                self._observe(layer, index, visit)
-                for i, ids in enumerate(batches):
-                    output = layer(hidden[i], **calls[len(ids)][index])
-                    hidden[i] = output[0] if isinstance(output, tuple) else output
-                _drop(layer)
-                release_freed_memory()
-        return hidden
+        if kept is not None and kept.finished:
+            hidden.restore(kept.file)
+        return calls
+
+    def _in_memory(self) -> int:
+        """Bytes of hidden states up to which they stay on the device."""
+        return free_memory(self.device) // 4 if self.device.type == "cuda" else IN_MEMORY_BYTES
 
     def _observe(self, layer: nn.Module, index: int, visit: Visitor | None) -> None:
         if visit is None or index not in self.teacher.moe_layers:
             return
         family = self.teacher.family
         experts = layer.get_submodule(family.experts)
-        router = routed_rows(layer.get_submodule(family.router), self.teacher.num_experts)
+        module = layer.get_submodule(family.router)
+        router = routed_rows(module, self.teacher.num_experts)
         assert isinstance(experts, StackedExperts)
+        if family.shared_gate:
+            router.shared_gate = cast(Tensor, layer.get_submodule(family.shared_gate).weight)
+
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            router.seen = args[0].reshape(-1, args[0].shape[-1])
+
+        if not family.scales_input:
+            module.register_forward_pre_hook(note)
         experts.observer = lambda *batch: visit(index, router, experts, *batch)
 
     @torch.no_grad()
@@ -160,25 +257,13 @@ class StreamedTeacher:
         return output.logits
 
 
-def _layers_path(model: nn.Module) -> str:
-    return f"{model.base_model_prefix}.layers"
-
-
 def _glu_of(teacher: Teacher, layer: nn.Module) -> str | Glu:
     """What experts compute between their projections, of gate and up one after the other."""
     family = teacher.family
-    if family.glu == "glu":
-        return str(teacher.config.hidden_act)
     if family.glu in GLU:
         return GLU[family.glu](teacher.config)
     stock: Any = layer.get_submodule(family.experts)
-    if isinstance(stock, StackedExperts):  # this skeleton was streamed before
-        return cast(Glu, stock.custom_glu)
-    if not family.interleaved:
-        return cast(Glu, stock._apply_gate)
-    return lambda gate_up: stock._apply_gate(
-        torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
-    )
+    return stock_glu(stock, family)
 
 
 def _drop(layer: nn.Module) -> None:

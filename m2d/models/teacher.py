@@ -16,19 +16,24 @@ from m2d.errors import UserError
 from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, tensors_of
 from m2d.models.derive import describe
 from m2d.models.families import EMO, FAMILIES, Family
+from m2d.models.fingerprint import fingerprint
 from m2d.models.hub import locate, name_of
-from m2d.models.parameters import check_tensors, wanted_of
-from m2d.models.schemes import read_scheme
+from m2d.models.parameters import check_tensors, text_part, wanted_of
+from m2d.models.schemes import QUANTISATION_KEYS, read_scheme
+from m2d.models.sibling import number
 from m2d.models.skeleton import (
     count_parameters,
     experts_modules,
     has_module,
     layers_of,
     make_skeleton,
+    text_key,
 )
+from m2d.options import STUDENT_CLASSES
 
 __all__ = [
     "CONFIG_MAPPING",
+    "STUDENT_CLASSES",
     "Teacher",
     "count_parameters",
     "dtype_of",
@@ -37,20 +42,12 @@ __all__ = [
     "locate",
     "make_skeleton",
     "open_teacher",
-    "pick_device",
-    "pick_dtype",
     "quiet",
     "read_config",
 ]
 
 # Of config.json, what does not make the model: how its weights are packed, a classifier's labels.
-NOT_OF_THE_MODEL = {
-    "quantization_config",
-    "compression_config",
-    "num_labels",
-    "id2label",
-    "label2id",
-}
+NOT_OF_THE_MODEL = {*QUANTISATION_KEYS, "num_labels", "id2label", "label2id"}
 # What a model returns beside its logits is not for the file to choose.
 RETURNS = {
     "output_router_logits": False,
@@ -74,10 +71,15 @@ class Teacher:
     folder: Path
     name: str  # what the user called it: the hub id, or the folder's name
     raw_config: dict[str, Any]  # config.json as it stands on disk
-    config: PretrainedConfig
+    config: PretrainedConfig  # of the text model, where there are other parts
     family: Family
     skeleton: PreTrainedModel  # every parameter on the meta device
     moe_layers: list[int]
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of its weights; None where only a config is at hand."""
+        return fingerprint(self.folder)
 
     @property
     def shared_in_experts(self) -> int:
@@ -88,26 +90,46 @@ class Teacher:
     @property
     def num_experts(self) -> int:
         """E, the routed experts."""
-        return int(getattr(self.config, self.family.num_experts)) - self.shared_in_experts
+        return number(self.config, self.family.num_experts) - self.shared_in_experts
 
     @property
     def top_k(self) -> int:
         """k, the routed experts that a token takes."""
-        return int(getattr(self.config, self.family.top_k)) - self.shared_in_experts
+        return number(self.config, self.family.top_k) - self.shared_in_experts
 
     @property
     def expert_width(self) -> int:
         """I, the intermediate size of one expert."""
-        return int(getattr(self.config, self.family.expert_width))
+        return number(self.config, self.family.expert_width)
+
+    @property
+    def expert_size(self) -> int:
+        """H of the experts: the hidden size, but where they work in a smaller space."""
+        experts = layers_of(self.skeleton)[self.moe_layers[0]].get_submodule(self.family.experts)
+        shape = experts.get_parameter("down_proj").shape
+        return int(shape[2 if self.family.transposed else 1])
+
+    @property
+    def dense_width(self) -> int:
+        """The largest intermediate size of a layer without experts; 0 where there is none."""
+        path = f"{self.family.dense}.down_proj"
+        sizes = [
+            layer.get_submodule(path).get_parameter("weight").shape[1]
+            for i, layer in enumerate(layers_of(self.skeleton))
+            if i not in self.moe_layers and has_module(layer, path)
+        ]
+        return int(max(sizes, default=0))
 
     @property
     def shared_width(self) -> int:
         """Intermediate size of what is appended to a dense student's FFN unscaled."""
+        if self.family.student_experts:
+            return 0
         if self.family.shared is None:
             return self.shared_in_experts * self.expert_width
         layer = layers_of(self.skeleton)[self.moe_layers[0]]
         shared = layer.get_submodule(self.family.shared)
-        return int(shared.get_parameter("gate_proj.weight").shape[0])
+        return int(shared.get_parameter("up_proj.weight").shape[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,7 +168,7 @@ def _check_counts(folder: Path, raw: dict[str, Any]) -> None:
         value = raw.get(key)
         if isinstance(value, int) and value > most:
             raise UserError(f"{file}: {key} is {value}; no model has more than {most}")
-    layers = raw.get("num_hidden_layers")
+    layers = text_part(raw).get("num_hidden_layers")
     if not isinstance(layers, int) or not has_weights(folder):
         return
     names = (re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in tensors_of(folder))
@@ -178,22 +200,32 @@ def register_emo() -> None:
     register()
 
 
-def open_teacher(model: str | Path, config_only: bool = False) -> Teacher:
+def open_teacher(
+    model: str | Path,
+    config_only: bool = False,
+    student_class: str = STUDENT_CLASSES[0],
+    text_only: bool = False,
+    student: str | Path | None = None,
+) -> Teacher:
     """Read a teacher's config and build its skeleton; no weight is read.
 
+    student_class and text_only settle the students that are made of it: m2d.models.derive.describe.
+    So does the folder of a student that was made before.
     Raises UserError for a missing folder, an unknown or dense architecture, or a config that
     makes no sense.
     """
     folder = locate(model, config_only)
     raw, config = read_config(folder)
     skeleton = make_skeleton(config, folder)
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        family = describe(config, skeleton, str(folder / "config.json"))
+    where = str(folder / "config.json")
+    if student is not None:
+        student_class, text_only = _kind_of(locate(student, config_only=True), config)
+    family = describe(config, skeleton, where, student_class, text_only)
     moe_layers = [
         i for i, layer in enumerate(layers_of(skeleton)) if has_module(layer, family.experts)
     ]
-    teacher = Teacher(folder, name_of(model), raw, config, family, skeleton, moe_layers)
+    text = config.get_text_config()
+    teacher = Teacher(folder, name_of(model), raw, text, family, skeleton, moe_layers)
     if not moe_layers:
         raise UserError(f"{folder}: no layer has experts; this model is dense already")
     check_weights(teacher)
@@ -205,10 +237,18 @@ def open_teacher(model: str | Path, config_only: bool = False) -> Teacher:
     return teacher
 
 
+def _kind_of(student: Path, teacher: PretrainedConfig) -> tuple[str, bool]:
+    """The student_class and text_only that a student of this teacher was made with."""
+    _, config = read_config(student)
+    text_only = text_key(teacher) is not None and text_key(config) is None
+    has = bool(experts_modules(make_skeleton(config, student)))
+    return STUDENT_CLASSES[1 if has else 0], text_only
+
+
 def check_weights(teacher: Teacher) -> None:
     """Raise a UserError where weights lie in the folder that are not those of the class."""
     if has_weights(teacher.folder):
-        check_tensors(Checkpoint(teacher.folder), wanted_of(teacher.skeleton))
+        check_tensors(Checkpoint(teacher.folder), wanted_of(teacher.skeleton, text_only=True))
 
 
 def has_experts(model: str | Path) -> bool:
@@ -229,22 +269,6 @@ def dtype_of(config: PretrainedConfig, folder: Path) -> torch.dtype:
         entries = Checkpoint(folder).entries.values()
         return next(e.dtype for e in entries if e.dtype.is_floating_point and e.dtype.itemsize > 1)
     return torch.float32
-
-
-def pick_device(device: str | None) -> torch.device:
-    """The named device, or the default one: a GPU if there is one."""
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: not available here ({reason})") from None
-    return chosen
-
-
-def pick_dtype(dtype: str | None, default: torch.dtype) -> torch.dtype:
-    """A torch dtype by name."""
-    return getattr(torch, dtype) if dtype else default
 
 
 @contextlib.contextmanager

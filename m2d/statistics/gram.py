@@ -1,7 +1,7 @@
 """Gram statistics: inner products of all experts' outputs on every calibration token.
 
-Definitions: docs/method.md. Expert outputs are large products in the teacher's dtype; their inner
-products are taken over chunks of tokens with float32 accuracy, and added up in float64.
+Definitions: docs/method.md. Expert outputs are large products in the dtype of the computation;
+their inner products are taken over chunks of tokens with float32 accuracy, and added up in float64.
 Shapes: N tokens, E experts, H hidden size, I expert intermediate size.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from m2d.choose.layer_statistics import GramStatistics
-from m2d.memory import free_memory
+from m2d.devices import free_memory, multiplies_fast
 from m2d.models.experts import TILE, StackedExperts
 from m2d.models.folded import Folds, folds_of
 from m2d.models.routers import router_gram
@@ -58,7 +58,7 @@ def _exact_low_precision_products(rows: Tensor) -> Iterator[None]:
 
     The result is float32 either way; only the factors would be rounded, and they need none.
     """
-    if rows.dtype != torch.bfloat16:
+    if rows.dtype != torch.bfloat16 or not multiplies_fast(torch.bfloat16, rows.device):
         yield
         return
     backends: Any = torch.backends
@@ -126,24 +126,47 @@ class GramTotals:
             if folded is not experts:
                 every_expert(folded, hidden[rows], outputs)
             products = inner_products(outputs).cpu().numpy()
+            sums_E = norm_sums(outputs[:-1], tokens).cpu().numpy()
             self.layers[layer].add(
-                {"inner_products": products, "n_tokens": np.array(float(tokens))}
+                {
+                    "inner_products": products,
+                    "out_norm_sum": sums_E,
+                    "n_tokens": np.array(float(tokens)),
+                }
             )
+
+    def state(self, layer: int) -> dict[str, Any]:
+        """A layer's sums (m2d.models.resume.Totals)."""
+        return self.layers[layer].arrays()
+
+    def restore(self, layer: int, state: dict[str, Any]) -> None:
+        """A layer's sums as `state` gave them."""
+        self.layers[layer] = LayerSums.of_arrays(state)
 
     def result(self) -> dict[int, GramStatistics]:
         """Gram statistics by layer."""
         return {index: gram_statistics(layer) for index, layer in self.layers.items()}
 
 
+def norm_sums(outputs: Tensor, tokens: int) -> Tensor:
+    """sum_t ||f_e(x_t)||, float64 [E] of outputs [E, N H]."""
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    sums = [
+        torch.linalg.vector_norm(one.view(tokens, -1), dim=1, dtype=wide).double().sum()
+        for one in outputs
+    ]
+    return torch.stack(sums)
+
+
 def every_expert(experts: StackedExperts, hidden: Tensor, outputs: Tensor) -> None:
     """f_e(x) of every expert on every token [N, H], into the first E of outputs [E + 1, N H]."""
     for expert in range(experts.num_experts):
-        inner, down = experts.inner(expert, hidden), experts.down_proj[expert].T
+        inner, (down, bias) = experts.inner(expert, hidden), experts.down(expert, hidden.dtype)
         out = outputs[expert].view_as(hidden)
-        if experts.down_bias is None:
-            torch.mm(inner, down, out=out)
+        if bias is None:
+            torch.mm(inner, down.T, out=out)
         else:
-            torch.addmm(experts.down_bias[expert], inner, down, out=out)
+            torch.addmm(bias, inner, down.T, out=out)
 
 
 def chunk_tokens(token_bytes: int, hidden: Tensor) -> int:

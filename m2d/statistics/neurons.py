@@ -3,7 +3,7 @@
 One pass of the calibration tokens through the teacher; with a greedy order, a second one. The file
 is safetensors, float32, per layer i: layers.{i}.weighted_square_sum [E, I], .down_square_norm
 [E, I], .mean_weight [E], and with a greedy order .greedy [n, 2] (int32) and .greedy_gain [n]; its
-metadata key "m2d" is as in the Gram statistics, and n_tokens. Definitions: docs/closed-form.md.
+metadata key "m2d" is as in the Gram statistics, and n_tokens. Definitions: docs/beyond.md.
 Shapes: N tokens, E experts, I expert intermediate size, H hidden size.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from m2d.artifacts import atomic_path, sha256_of
+from m2d.artifacts import atomic_path, reading, sha256_of
 from m2d.choose.neuron_statistics import CHOICES, NeuronStatistics
 from m2d.choose.neurons import (
     Neurons,
@@ -29,14 +29,20 @@ from m2d.choose.neurons import (
     routed_contribution,
     top_neurons,
 )
+from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.folded import Folds, folds_of
+from m2d.models.resume import Keeper, Kept, Totals, identity, remove_kept
+from m2d.models.routers import shared_weights
 from m2d.models.stream import StreamedTeacher
-from m2d.models.teacher import open_teacher, pick_device, pick_dtype
+from m2d.models.teacher import open_teacher
 from m2d.options import add_compute_options, positive
 from m2d.progress import say
 from m2d.refit.ridge import Moments
+from m2d.sealed import digest_of, require_digest, require_finite_arrays
+from m2d.statistics.files import check_format
+from m2d.statistics.identities import require_neurons
 from m2d.statistics.routing import provenance
 from m2d.students.widths import add_width_options, chosen_width
 from m2d.tokens.files import read_tokens
@@ -52,6 +58,7 @@ class NeuronTotals:
     def __init__(self) -> None:
         self.tokens: dict[int, int] = {}
         self.sums: dict[int, dict[str, Tensor]] = {}
+        self.shared: dict[int, float | None] = {}
 
     def visit(
         self,
@@ -72,7 +79,7 @@ class NeuronTotals:
                 "down_square_norm": down.square().sum(1),
                 "weight_sum": torch.zeros(count, dtype=torch.float64, device=hidden.device),
             }
-            self.tokens[layer] = 0
+            self.tokens[layer], self.shared[layer] = 0, None
         sums = self.sums[layer]
         for expert in range(count):
             rows, place = torch.nonzero(index == expert, as_tuple=True)
@@ -82,6 +89,23 @@ class NeuronTotals:
                 sums["weighted_square_sum"][expert] += inner.square().sum(0)
                 sums["weight_sum"][expert] += weight.double().sum()
         self.tokens[layer] += len(hidden)
+        shared = shared_weights(router, hidden)
+        if shared is not None:
+            self.shared[layer] = (self.shared[layer] or 0.0) + float(shared.double().sum())
+
+    def state(self, layer: int) -> dict[str, Any]:
+        """A layer's sums (m2d.models.resume.Totals)."""
+        sums = {name: value.cpu().numpy() for name, value in self.sums[layer].items()}
+        shared = self.shared[layer]
+        about = {"tokens": np.array(self.tokens[layer])}
+        return about | sums | ({} if shared is None else {"shared": np.array(shared)})
+
+    def restore(self, layer: int, state: dict[str, Any]) -> None:
+        """A layer's sums as `state` gave them."""
+        self.tokens[layer] = int(state["tokens"])
+        self.shared[layer] = float(state["shared"]) if "shared" in state else None
+        own = {k: v for k, v in state.items() if k not in ("tokens", "shared")}
+        self.sums[layer] = {k: torch.from_numpy(v) for k, v in own.items()}
 
     def result(self) -> dict[int, NeuronStatistics]:
         """Neuron statistics by layer."""
@@ -92,6 +116,11 @@ class NeuronTotals:
                 weighted_square_sum=sums["weighted_square_sum"].cpu().numpy(),
                 down_square_norm=sums["down_square_norm"].double().cpu().numpy(),
                 mean_weight=sums["weight_sum"].cpu().numpy() / self.tokens[layer],
+                shared_weight=(
+                    1.0
+                    if self.shared[layer] is None
+                    else (self.shared[layer] or 0.0) / self.tokens[layer]
+                ),
             )
             for layer, sums in sorted(self.sums.items())
         }
@@ -136,10 +165,20 @@ class CandidateMoments:
             inner = experts.inner(expert, hidden)
             own = inner if folded is experts else folded.inner(expert, hidden)
             columns[:, mine] = own[:, chosen[mine, 1]].float()
-            bias = None if experts.down_bias is None else experts.down_bias[expert]
-            out = nn.functional.linear(inner[rows], experts.down_proj[expert], bias)
+            out = nn.functional.linear(inner[rows], *experts.down(expert, hidden.dtype))
             target.index_add_(0, rows, out.float() * weights[rows, place].float()[:, None])
         self.moments[layer].add(columns, target)
+
+    def state(self, layer: int) -> dict[str, Any]:
+        """A layer's moments (m2d.models.resume.Totals)."""
+        own = self.moments[layer]
+        parts = {name: getattr(own, name).cpu().numpy() for name in ("hth", "hty", "yty")}
+        return {"n_tokens": np.array(own.n_tokens)} | parts
+
+    def restore(self, layer: int, state: dict[str, Any]) -> None:
+        """A layer's moments as `state` gave them."""
+        parts = (torch.from_numpy(state[name]) for name in ("hth", "hty", "yty"))
+        self.moments[layer] = Moments(int(state["n_tokens"]), *parts)
 
 
 def collect(
@@ -149,6 +188,7 @@ def collect(
     greedy: int | None = None,
     candidates: int | None = None,
     folds: Folds | None = None,
+    keep: Keeper | None = None,
 ) -> list[NeuronStatistics]:
     """Neuron statistics of every MoE layer, from tokens [S, T].
 
@@ -162,7 +202,7 @@ def collect(
     for width in (greedy, candidates):
         if width is not None:
             check_width(width, available)
-    stream.run(tokens, batch, totals.visit, "neurons, layers")
+    stream.run(tokens, batch, totals.visit, "neurons, layers", keep and keep("neurons", totals))
     layers = totals.result()
     for i, fold in (folds or {}).items():
         if fold.folds:
@@ -171,7 +211,8 @@ def collect(
         count = min(candidates or CANDIDATES_PER_NEURON * greedy, available)
         chosen = {i: top_neurons(score_of(layer), count) for i, layer in layers.items()}
         second = CandidateMoments(chosen, folds)
-        stream.run(tokens, batch, second.visit, "neurons in greedy order, layers")
+        kept = keep and keep(f"greedy {greedy} of {count}", second)
+        stream.run(tokens, batch, second.visit, "neurons in greedy order, layers", kept)
         for i, layer in layers.items():
             layers[i] = _ordered(layer, chosen[i], second.moments.pop(i), greedy)
     return list(layers.values())
@@ -199,10 +240,15 @@ def write_neurons(
     for layer in layers:
         for part in PARTS:
             tensors[f"layers.{layer.layer}.{part}"] = getattr(layer, part).astype(np.float32)
+        if layer.shared_weight != 1.0:
+            shared = np.array([layer.shared_weight], np.float64)
+            tensors[f"layers.{layer.layer}.shared_weight"] = shared
         if layer.greedy is not None and layer.greedy_gain is not None:
             tensors[f"layers.{layer.layer}.greedy"] = layer.greedy.astype(np.int32)
             tensors[f"layers.{layer.layer}.greedy_gain"] = layer.greedy_gain.astype(np.float32)
-    about = {"format": FORMAT, "n_tokens": layers[0].n_tokens, **metadata}
+    require_finite_arrays(path, tensors)
+    about = {"format": FORMAT, "n_tokens": layers[0].n_tokens, "sha256": digest_of(tensors)}
+    about |= metadata
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, {"m2d": json.dumps(about)})
 
@@ -212,13 +258,13 @@ def read_neurons(path: str | Path) -> tuple[list[NeuronStatistics], dict[str, An
 
     Raises UserError where the file is unreadable or not of this format.
     """
-    try:
+    with reading(path, "a neuron statistics file"):
         with safe_open(path, "np") as file:
             metadata = json.loads((file.metadata() or {})["m2d"])
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path}: format {metadata.get('format')!r}; {FORMAT} is read")
+            check_format(path, metadata, FORMAT)
             tokens = int(metadata["n_tokens"])
             names = set(file.keys())
+            require_digest(path, {name: file.get_tensor(name) for name in names}, metadata)
             indices = sorted({int(name.split(".")[1]) for name in names})
             layers = []
             for i in indices:
@@ -227,10 +273,14 @@ def read_neurons(path: str | Path) -> tuple[list[NeuronStatistics], dict[str, An
                     parts["greedy"] = file.get_tensor(f"layers.{i}.greedy").astype(np.int64)
                     gain = file.get_tensor(f"layers.{i}.greedy_gain")
                     parts["greedy_gain"] = gain.astype(np.float64)
+                if f"layers.{i}.shared_weight" in names:
+                    parts["shared_weight"] = float(file.get_tensor(f"layers.{i}.shared_weight")[0])
                 layers.append(NeuronStatistics(layer=i, n_tokens=tokens, **parts))
-    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: not a neuron statistics file ({error})") from None
-    return layers, metadata
+        if not layers:
+            raise ValueError("it has no layer")
+        for layer in layers:
+            require_neurons(path, layer)
+        return layers, metadata
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -261,12 +311,19 @@ def main(args: argparse.Namespace) -> None:
     if greedy:
         width = chosen_width(teacher, args.width, args.params, args.multiple)
     tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    dtype = pick_dtype(args.dtype, teacher.dtype)
-    stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
+    device = pick_device(args.device)
+    dtype = compute_dtype(args.dtype, teacher.dtype, device)
+    stream = StreamedTeacher(teacher, dtype, device)
     about = provenance(teacher, args.tokens, dtype)
     folds = None
     if args.fold:
         folds, about["fold_sha256"] = folds_of(teacher, args.fold)[0], sha256_of(args.fold)
-    layers = collect(stream, tokens, args.batch, width, args.candidates, folds)
+    what = identity(teacher.folder, tokens, args.batch, dtype, fold=about.get("fold_sha256"))
+
+    def keep(kind: str, totals: Totals) -> Kept:
+        return Kept(args.out, totals, {**what, "kind": kind})
+
+    layers = collect(stream, tokens, args.batch, width, args.candidates, folds, keep)
     write_neurons(args.out, layers, about)
+    remove_kept(args.out)
     say(f"{args.out}: {len(layers)} layers, {tokens.numel()} tokens")

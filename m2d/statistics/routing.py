@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from m2d import __version__
 from m2d.artifacts import sha256_of
 from m2d.choose.layer_statistics import RoutingStatistics
+from m2d.devices import compute_dtype, computed_on, dtype_name, pick_device
 from m2d.models.experts import StackedExperts
-from m2d.models.routers import PROBABILITIES, router_gram, router_logits
+from m2d.models.resume import Kept, identity, remove_kept
+from m2d.models.routers import PROBABILITIES, router_gram, router_logits, shared_weights
 from m2d.models.stream import StreamedTeacher
-from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
+from m2d.models.teacher import Teacher, open_teacher
 from m2d.options import add_compute_options
 from m2d.progress import say
 from m2d.statistics.shards import (
@@ -82,7 +84,18 @@ class RoutingTotals:
             self.layers[layer] = LayerSums(same={"router_gram": rows})
         logits = router_logits(router, hidden, self.float32)
         batch = routing_sums(self.probabilities(logits), index, weights, norms)
+        shared = shared_weights(router, hidden)
+        if shared is not None:
+            batch["shared_weight_sum"] = shared.double().sum()
         self.layers[layer].add({name: value.cpu().numpy() for name, value in batch.items()})
+
+    def state(self, layer: int) -> dict[str, Any]:
+        """A layer's sums (m2d.models.resume.Totals)."""
+        return self.layers[layer].arrays()
+
+    def restore(self, layer: int, state: dict[str, Any]) -> None:
+        """A layer's sums as `state` gave them."""
+        self.layers[layer] = LayerSums.of_arrays(state)
 
     def result(self) -> dict[int, RoutingStatistics]:
         """Routing statistics by layer."""
@@ -95,8 +108,10 @@ def provenance(teacher: Teacher, calibration: str | Path, dtype: torch.dtype) ->
         "model_type": teacher.family.model_type,
         "num_experts": teacher.num_experts,
         "top_k": teacher.top_k,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "calibration_sha256": sha256_of(calibration),
+        "teacher_fingerprint": teacher.fingerprint,
+        "computed_on": computed_on(),
         "m2d_version": __version__,
     }
 
@@ -127,20 +142,27 @@ def collect(args: argparse.Namespace, kind: str, make: Callable[[Teacher], Any])
     """
     teacher = open_teacher(args.teacher)
     tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    dtype = pick_dtype(args.dtype, teacher.dtype)
+    device = pick_device(args.device)
+    dtype = compute_dtype(args.dtype, teacher.dtype, device)
     rows = slice(0, len(tokens))
     if args.share:
         rows = share_rows(args.share, len(tokens), args.batch)
     totals, about = make(teacher), provenance(teacher, args.tokens, dtype)
     if getattr(args, "fold", None):
         about["fold_sha256"] = sha256_of(args.fold)
-    stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
-    stream.run(tokens[rows], args.batch, totals.visit, f"{kind} statistics, layers")
+    stream = StreamedTeacher(teacher, dtype, device)
+    what = identity(
+        teacher.folder, tokens[rows], args.batch, dtype,
+        kind=kind, fold=about.get("fold_sha256"),
+    )  # fmt: skip
+    kept = Kept(args.out, totals, what)
+    stream.run(tokens[rows], args.batch, None, f"{kind} statistics, layers", kept)
     if args.share:
         about["share"] = [rows.start, rows.stop, len(tokens)]
         write_share(args.out, kind, totals.layers, about)
     else:
         write_statistics(args.out, kind, totals.layers, about)
+    remove_kept(args.out)
     say(f"{args.out}: {len(totals.layers)} layers, {tokens[rows].numel()} tokens")
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from m2d.artifacts import atomic_path
+from m2d.artifacts import atomic_path, reading
 from m2d.choose.layer_statistics import GramStatistics, RoutingStatistics
 from m2d.errors import UserError
 from m2d.progress import say
+from m2d.sealed import digest_of, require_digest, require_finite_arrays
 from m2d.statistics.files import write_gram, write_routing
 from m2d.statistics.sums import Array, LongSum
 
@@ -36,6 +37,24 @@ class LayerSums:
     sums: dict[str, LongSum] = field(default_factory=dict)
     same: dict[str, Array] = field(default_factory=dict)
 
+    def arrays(self) -> dict[str, Array]:
+        """All of it, by name; `of_arrays` makes the same of it again, to the bit."""
+        sums = {f"sum.{n}": np.stack([total.high, total.low]) for n, total in self.sums.items()}
+        return sums | {f"same.{n}": np.ascontiguousarray(v) for n, v in self.same.items()}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Array]) -> "LayerSums":
+        """What `arrays` gave."""
+        found = cls()
+        for key, value in arrays.items():
+            group, name = key.split(".")
+            if group == "sum":
+                high, low = value
+                found.sums[name] = LongSum(np.asarray(high), np.asarray(low))
+            else:
+                found.same[name] = value
+        return found
+
     def add(self, terms: Mapping[str, Array]) -> None:
         """Add one batch's sums."""
         for name, term in terms.items():
@@ -48,18 +67,26 @@ class LayerSums:
 def routing_statistics(layer: LayerSums) -> RoutingStatistics:
     """Routing statistics from the sums of `m2d.statistics.routing.routing_sums`."""
     values = {name: np.asarray(total.value) for name, total in layer.sums.items()}
-    return RoutingStatistics(n_tokens=int(values.pop("n_tokens")), **values)
+    shared = values.pop("shared_weight_sum", None)
+    return RoutingStatistics(
+        n_tokens=int(values.pop("n_tokens")),
+        shared_weight_sum=None if shared is None else float(shared),
+        **values,
+    )
 
 
 def gram_statistics(layer: LayerSums) -> GramStatistics:
-    """Gram statistics from the sum of inner products [E + 1, E + 1], y the last, and tokens."""
-    mean = np.asarray(layer.sums["inner_products"].value) / float(layer.sums["n_tokens"].value)
+    """Gram statistics from the sums of inner products [E + 1, E + 1], y the last, and of norms."""
+    tokens = float(layer.sums["n_tokens"].value)
+    mean = np.asarray(layer.sums["inner_products"].value) / tokens
+    norms = layer.sums.get("out_norm_sum")  # none in a share of an earlier release
     return GramStatistics(
         gram=mean[:-1, :-1],
         output_dot=mean[:-1, -1],
         output_sq_norm=float(mean[-1, -1]),
         weight_gram=layer.same["weight_gram"],
         router_gram=layer.same["router_gram"],
+        output_norm=None if norms is None else np.asarray(norms.value) / tokens,
     )
 
 
@@ -101,38 +128,31 @@ def write_share(
     path: str | Path, kind: str, layers: dict[int, LayerSums], metadata: dict[str, Any]
 ) -> None:
     """Write one share; metadata["share"]: its first sequence, the one after its last, and all."""
-    tensors = {}
+    tensors: dict[str, Array] = {}
     for index, layer in layers.items():
-        for name, total in layer.sums.items():
-            tensors[f"layers.{index}.sum.{name}"] = np.stack([total.high, total.low])
-        for name, value in layer.same.items():
-            tensors[f"layers.{index}.same.{name}"] = np.ascontiguousarray(value)
-    about = {"format": FORMAT, "kind": kind, **metadata}
+        tensors |= {f"layers.{index}.{name}": value for name, value in layer.arrays().items()}
+    require_finite_arrays(path, tensors)
+    about = {"format": FORMAT, "kind": kind, "sha256": digest_of(tensors), **metadata}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, {"m2d-share": json.dumps(about)})
 
 
 def read_share(path: str | Path) -> tuple[dict[int, LayerSums], dict[str, Any]]:
     """One share's layers and metadata; UserError where the file is not a share."""
-    layers: dict[int, LayerSums] = {}
-    try:
+    with reading(path, "a share from m2d stats or m2d gram"):
         with safe_open(path, "np") as file:
             about = json.loads((file.metadata() or {})["m2d-share"])
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                _, index, group, name = key.split(".")
-                layer = layers.setdefault(int(index), LayerSums())
-                value = file.get_tensor(key)
-                if group == "sum":
-                    high, low = value
-                    layer.sums[name] = LongSum(np.asarray(high), np.asarray(low))
-                else:
-                    layer.same[name] = value
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            require_digest(path, tensors, about)
+            arrays: dict[int, dict[str, Array]] = {}
+            for key, value in tensors.items():
+                _, index, name = key.split(".", 2)
+                arrays.setdefault(int(index), {})[name] = value
+            layers = {index: LayerSums.of_arrays(own) for index, own in arrays.items()}
         if about["format"] != FORMAT or about["kind"] not in KINDS:
             raise ValueError(f"format {about['format']!r}, kind {about['kind']!r}")
         first, last, total = (int(part) for part in about["share"])
         about["share"] = [first, last, total]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a share from m2d stats or m2d gram ({error})") from None
     return layers, about
 
 
@@ -146,7 +166,7 @@ def combine(files: Sequence[str | Path]) -> tuple[str, dict[int, LayerSums], dic
     layers, about, first_file = shares[0]
     _check_complete([(one[1]["share"], one[2]) for one in shares])
     for others, about_other, file in shares[1:]:
-        for key in sorted((about.keys() | about_other.keys()) - {"share"}):
+        for key in sorted((about.keys() | about_other.keys()) - {"share", "computed_on", "sha256"}):
             if about.get(key) != about_other.get(key):
                 raise UserError(
                     f"{file}: {key} is {about_other.get(key)!r}, but {about.get(key)!r} in "
@@ -165,7 +185,7 @@ def combine(files: Sequence[str | Path]) -> tuple[str, dict[int, LayerSums], dic
                     )
             for name, total in layer.sums.items():
                 total.merge(others[index].sums[name])
-    metadata = {k: v for k, v in about.items() if k not in ("share", "kind", "format")}
+    metadata = {k: v for k, v in about.items() if k not in ("share", "kind", "format", "sha256")}
     return str(about["kind"]), layers, metadata
 
 
