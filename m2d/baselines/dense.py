@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2d.baselines.importance import Cut, Shape
@@ -17,6 +18,7 @@ from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family
 from m2d.models.hub import name_of
+from m2d.models.sibling import set_key
 from m2d.models.teacher import (
     Teacher,
     check_weights,
@@ -24,7 +26,7 @@ from m2d.models.teacher import (
     make_skeleton,
     read_config,
 )
-from m2d.students.tensors import NEVER_INHERITED, set_key, stored_shapes
+from m2d.students.tensors import NEVER_INHERITED, stored_shapes
 
 DENSE = {
     "qwen3": "Qwen3ForCausalLM",
@@ -76,6 +78,7 @@ def open_dense(model: str | Path, config_only: bool = False) -> Teacher:
         )
     family = Family(
         model_type=kind,
+        teacher_text_type=kind,
         student_model_type=kind,
         student_architecture=DENSE[kind],
         num_experts="",
@@ -114,7 +117,7 @@ def pruned_config(teacher: Teacher, shape: Shape, layers: list[int]) -> dict[str
     return raw
 
 
-def pruned_skeleton(teacher: Teacher, raw: dict[str, Any]) -> torch.nn.Module:
+def pruned_skeleton(teacher: Teacher, raw: dict[str, Any]) -> PreTrainedModel:
     """The stock class of a pruned config, on the meta device.
 
     Raises UserError where the class has no model of these sizes.
@@ -128,7 +131,7 @@ def pruned_skeleton(teacher: Teacher, raw: dict[str, Any]) -> torch.nn.Module:
 
 
 def pruned_tensors(
-    teacher: Teacher, cut: Cut, skeleton: torch.nn.Module
+    teacher: Teacher, cut: Cut, skeleton: PreTrainedModel
 ) -> tuple[dict[str, Spec], Callable[[str], Tensor]]:
     """dtype and shape of every tensor of the pruned model, and what reads one, cut to size.
 

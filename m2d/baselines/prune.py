@@ -25,12 +25,13 @@ from m2d.baselines.dense import (
     shape_of,
 )
 from m2d.baselines.importance import Importance, Shape, check_shape, choose_cut
+from m2d.devices import compute_dtype, dtype_name, pick_device
 from m2d.errors import UserError
 from m2d.models.stream import StreamedTeacher
-from m2d.models.teacher import Teacher, count_parameters, pick_device, pick_dtype
+from m2d.models.teacher import Teacher, count_parameters
 from m2d.options import add_compute_options, positive
 from m2d.progress import say
-from m2d.students.merge import about_student, about_teacher, write_folder
+from m2d.students.merge import about_models, write_folder
 from m2d.tokens.files import read_token_notes, read_tokens
 
 
@@ -111,18 +112,17 @@ def prune(
     raw = pruned_config(teacher, shape, cut.layers)
     skeleton = pruned_skeleton(teacher, raw)
     specs, read = pruned_tensors(teacher, cut, skeleton)
-    record = {
-        **about_teacher(teacher),
-        **about_student(teacher, skeleton),
-        "baseline": {"kind": "d2d", **vars(shape), "of": vars(shape_of(teacher))},
-        "calibration": {
+    record = about_models(teacher, skeleton).having(
+        baseline={"kind": "d2d", **vars(shape), "of": vars(shape_of(teacher))},
+        calibration={
             "source": read_token_notes(calibration).get("source"),
             "sequences": tokens.shape[0],
             "length": tokens.shape[1],
             "sha256": sha256_of(calibration),
+            "compute_dtype": dtype_name(dtype),
         },
-        "dtype": str(teacher.dtype).removeprefix("torch."),
-    }
+        dtype=dtype_name(teacher.dtype),
+    )
     write_folder(out, teacher.folder, raw, specs, read, record, {"pruning.json": cut.to_dict()})
 
 
@@ -169,13 +169,14 @@ def main(args: argparse.Namespace) -> None:
     if args.out is None or args.tokens is None:
         raise UserError("give the folder to write and --tokens, or --dry-run for sizes alone")
     require_absent(args.out)
+    device = pick_device(args.device)
     prune(
         teacher,
         args.out,
         shape,
         args.tokens,
-        dtype=pick_dtype(args.dtype, teacher.dtype),
-        device=pick_device(args.device),
+        dtype=compute_dtype(args.dtype, teacher.dtype, device),
+        device=device,
         batch=args.batch,
     )
     say(f"{args.out}: {facts['architecture']}, {facts['parameters']:,} parameters")

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from m2d.artifacts import require_absent
 from m2d.baselines.fresh import fresh_tensor
 from m2d.choose.plan import Plan
+from m2d.devices import pick_dtype
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family
-from m2d.models.teacher import Teacher, count_parameters, open_teacher, pick_dtype
-from m2d.options import DTYPES
+from m2d.models.teacher import Teacher, count_parameters, open_teacher
+from m2d.options import DTYPES, add_student_options
 from m2d.progress import say
-from m2d.students.merge import about_student, about_teacher, write_folder
+from m2d.students.merge import about_models, write_folder
 from m2d.students.tensors import StudentTensors, build_student_skeleton, stored_shapes
 
 KINDS = ("random_ffn", "random_init")
@@ -28,9 +29,9 @@ KINDS = ("random_ffn", "random_init")
 
 def feed_forward(family: Family) -> re.Pattern[str]:
     """Matches the names of a student's parameters below its FFNs, but for a router."""
-    block = family.experts.rpartition(".")[0] if family.one_expert else family.dense
-    layer = re.escape(f"{family.layers}.") + r"\d+\."
-    router = re.escape(f"{family.router}.") if family.one_expert else "(?!)"
+    block = family.experts.rpartition(".")[0] if family.student_experts else family.dense
+    layer = re.escape(f"{family.student_layers or family.layers}.") + r"\d+\."
+    router = re.escape(f"{family.router}.") if family.student_experts else "(?!)"
     return re.compile(f"{layer}(?!{router}){re.escape(block)}\\..+")
 
 
@@ -62,12 +63,10 @@ def write_baseline(teacher: Teacher, out: Path, kind: str, seed: int, dtype: str
     raw = {k: v for k, v in raw.items() if k != "torch_dtype"} | {"dtype": named}
     specs: dict[str, Spec] = {n: (chosen, shape) for n, shape in stored_shapes(skeleton).items()}
     make = student_tensors(teacher, skeleton, kind, seed)
-    record = {
-        **about_teacher(teacher),
-        **about_student(teacher, skeleton),
-        "baseline": {"kind": kind, "seed": seed},
-        "dtype": named,
-    }
+    record = about_models(teacher, skeleton).having(
+        baseline={"kind": kind, "seed": seed},
+        dtype=named,
+    )
     write_folder(out, teacher.folder, raw, specs, lambda n: make(n).to(chosen), record, {})
     return count_parameters(skeleton)
 
@@ -75,6 +74,7 @@ def write_baseline(teacher: Teacher, out: Path, kind: str, seed: int, dtype: str
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id of a Mixture-of-Experts model")
     parser.add_argument("out", type=Path, help="the folder to write")
+    add_student_options(parser)
     parser.add_argument("--kind", choices=KINDS, required=True, help="what is new")
     parser.add_argument("--seed", type=int, default=0, help="of the new weights (0)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the student (default: as on disk)")
@@ -82,6 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     require_absent(args.out)
-    teacher = open_teacher(args.teacher)
+    teacher = open_teacher(args.teacher, student_class=args.student_class, text_only=args.text_only)
     parameters = write_baseline(teacher, args.out, args.kind, args.seed, args.dtype)
     say(f"{args.out}: {teacher.family.student_architecture}, {parameters:,} parameters")

@@ -37,6 +37,13 @@ class RoutingStatistics:
     """sum_t w_te ||f_e(x_t)||."""
     out_sq_norm_sum_selected: Vector
     """sum over tokens that selected e of ||f_e(x_t)||^2."""
+    shared_weight_sum: float | None = None
+    """sum_t of the weight that a gate gives the shared expert; None without such a gate."""
+
+    @property
+    def shared_weight(self) -> float:
+        """The shared expert's mean weight, 1 without a gate."""
+        return 1.0 if self.shared_weight_sum is None else self.shared_weight_sum / self.n_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +60,8 @@ class GramStatistics:
     """W [E, E]: <vec(theta_i), vec(theta_j)>."""
     router_gram: Matrix
     """R [E, E]: <r_i, r_j>."""
+    output_norm: Vector | None = None
+    """[E]: mean_t ||f_i(x_t)||; None in files made before it was collected."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +94,14 @@ class LayerStatistics:
             raise UserError(f"layer {self.layer}: the statistics saw no token; calibrate on some")
         for part in (self.routing, self.gram):
             for field in fields(part):
-                self._check(field.name, getattr(part, field.name), experts)
+                value = getattr(part, field.name)
+                if value is not None:
+                    self._check(field.name, value, experts)
 
     def _check(self, name: str, value: Any, experts: int) -> None:
         array = np.asarray(value)
         matrix = name in ("gram", "weight_gram", "router_gram")
-        scalar = name in ("n_tokens", "output_sq_norm")
+        scalar = name in ("n_tokens", "output_sq_norm", "shared_weight_sum")
         shape = () if scalar else (experts, experts) if matrix else (experts,)
         if array.shape != shape:
             raise UserError(

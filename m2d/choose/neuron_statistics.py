@@ -4,7 +4,7 @@ Shapes: E routed experts, I an expert's intermediate size, n neurons in an order
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from m2d.choose.layer_statistics import Indices, Matrix, Vector
 from m2d.choose.neurons import check_width, neuron_layer_plan, routed_contribution, top_neurons
@@ -33,6 +33,8 @@ class NeuronStatistics:
     """[n, 2]: expert and column, in the order of `greedy_neurons`; None if it was not asked for."""
     greedy_gain: Vector | None = None
     """[n]: by how much each lowers the squared error, as a share of sum_t ||y_t||^2."""
+    shared_weight: float = 1.0
+    """The mean weight of a shared expert that has a gate."""
 
 
 @CHOICES.method(
@@ -72,7 +74,10 @@ def neuron_plan(layers: list[NeuronStatistics], width: int, choice: str = "contr
         scaling="mean_weight",
         keep=None,
         layers=tuple(
-            neuron_layer_plan(layer.layer, CHOICES[choice](layer, width), layer.mean_weight)
+            replace(
+                neuron_layer_plan(layer.layer, CHOICES[choice](layer, width), layer.mean_weight),
+                shared_scale=layer.shared_weight,
+            )
             for layer in layers
         ),
     )

@@ -8,7 +8,8 @@ beside the student as plan.json:
 
 The student's FFN is the concatenation of the groups, each the weighted average of its experts, with
 its down projection times the scale. A group may also list "neurons": the intermediate columns that
-are kept of it, all if absent. So layers may differ in width. "keep" is null in a plan that was not
+are kept of it, all if absent. So layers may differ in width. A layer may have a "shared_scale", by
+which a shared expert's down projection is multiplied. "keep" is null in a plan that was not
 made by keeping K experts. scoring, grouping and scaling say where the plan comes from; they change
 no student.
 """
@@ -53,6 +54,9 @@ class LayerPlan:
 
     layer: int
     groups: tuple[Group, ...]
+    shared_scale: float = 1.0
+    """What a shared expert's down projection is multiplied by, in place of a gate of its own that
+    depends on the token and that a dense student cannot hold."""
 
     def width(self, expert_width: int) -> int:
         """Intermediate size of the student's FFN, shared experts not counted."""
@@ -79,6 +83,7 @@ class Plan:
             "keep": self.keep,
             "layers": [
                 {"layer": layer.layer, "groups": [_group_to_dict(group) for group in layer.groups]}
+                | ({} if layer.shared_scale == 1.0 else {"shared_scale": layer.shared_scale})
                 for layer in self.layers
             ],
         }
@@ -91,6 +96,7 @@ class Plan:
         """
         content = sorted(
             [layer.layer, sorted(_canonical_group(group) for group in layer.groups)]
+            + ([] if layer.shared_scale == 1.0 else [round_significant(layer.shared_scale)])
             for layer in self.layers
         )
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -104,11 +110,13 @@ def make_plan(
     keep: int,
     *,
     scoring: str,
+    groups: int | None = None,
 ) -> Plan:
     """Keep the first `keep` experts of each layer's ranking, group, weigh and scale them.
 
-    layers and rankings go together; there are as many groups as the router's top-k. Raises
-    UserError when an unknown method is named, or `keep` lies outside [top-k, E].
+    layers and rankings go together. groups: how many there are, each as wide as one expert; the
+    router's top-k if None. Raises UserError when an unknown method is named, or `keep` lies outside
+    [groups, E].
     """
     scoring, grouping = SCORINGS.resolve(scoring), GROUPINGS.resolve(grouping)
     scaling = SCALINGS.resolve(scaling)
@@ -118,17 +126,21 @@ def make_plan(
         scaling,
         keep,
         tuple(
-            _plan_layer(layer, ranking, grouping, scaling, keep)
+            _plan_layer(layer, ranking, grouping, scaling, keep, groups or layer.top_k)
             for layer, ranking in zip(layers, rankings, strict=True)
         ),
     )
 
 
-def check_keep(keep: int, top_k: int, num_experts: int) -> None:
-    """Raises UserError unless top_k <= keep <= num_experts."""
-    if not top_k <= keep <= num_experts:
+def check_keep(keep: int, top_k: int, num_experts: int, groups: int | None = None) -> None:
+    """Raises UserError unless groups (top_k if None) <= keep <= num_experts, groups >= 1."""
+    least = top_k if groups is None else groups
+    what = "the router's top-k" if groups is None else "the groups"
+    if least < 1:
+        raise UserError(f"groups is {groups}; it must be at least 1")
+    if not least <= keep <= num_experts:
         raise UserError(
-            f"keep is {keep}; it must lie between {top_k} (the router's top-k) and {num_experts} "
+            f"keep is {keep}; it must lie between {least} ({what}) and {num_experts} "
             "(the routed experts)"
         )
 
@@ -142,11 +154,12 @@ def distinct_plans(plans: Iterable[Plan]) -> dict[str, Plan]:
 
 
 def _plan_layer(
-    layer: LayerStatistics, ranking: Ranking, grouping: str, scaling: str, keep: int
+    layer: LayerStatistics, ranking: Ranking, grouping: str, scaling: str, keep: int, count: int
 ) -> LayerPlan:
-    check_keep(keep, layer.top_k, layer.num_experts)
+    # The groups are the caller's choice; K that is too small for the router's are refused as ever.
+    check_keep(keep, layer.top_k, layer.num_experts, None if count == layer.top_k else count)
     importance = ranking.importance
-    groups = GROUPINGS[grouping](ranking.order[:keep], importance, layer, layer.top_k)
+    groups = GROUPINGS[grouping](ranking.order[:keep], importance, layer, count)
     scales = SCALINGS[scaling](groups, importance, layer)
     return LayerPlan(
         layer.layer,
@@ -154,6 +167,7 @@ def _plan_layer(
             Group(tuple(group), tuple(merge_weights(group, importance)), float(scale))
             for group, scale in zip(groups, scales, strict=True)
         ),
+        layer.routing.shared_weight,
     )
 
 
@@ -193,6 +207,8 @@ def plan_from_dict(
     weights that do not sum to 1, a keep that is not the number of experts, a layer given twice or
     one that the teacher lacks.
     """
+    if isinstance(data, Mapping):  # which the reader of a plan's file compares
+        data = {key: value for key, value in data.items() if key != "teacher_fingerprint"}
     _keys(data, {"format", "scoring", "grouping", "scaling", "keep", "layers"}, "plan")
     if data["format"] != FORMAT:
         raise UserError(f"plan of format {data['format']!r}; this version reads {FORMAT}")
@@ -216,7 +232,7 @@ def plan_from_dict(
 
 
 def _layer(data: Any, keep: int | None, num_experts: int, expert_width: int | None) -> LayerPlan:
-    _keys(data, {"layer", "groups"}, "plan: layer")
+    _keys(data, {"layer", "groups"}, "plan: layer", {"shared_scale"})
     index = _integer(data["layer"], 0, None, "plan: layer")
     where = f"plan: layer {index}"
     if not isinstance(data["groups"], list) or not data["groups"]:
@@ -227,7 +243,10 @@ def _layer(data: Any, keep: int | None, num_experts: int, expert_width: int | No
         raise UserError(f"{where}: an expert is in two groups, or twice in one")
     if keep is not None and len(used) != keep:
         raise UserError(f"{where}: {len(used)} experts in its groups, where keep is {keep}")
-    return LayerPlan(index, groups)
+    shared = data.get("shared_scale", 1.0)
+    if not _finite(shared):
+        raise UserError(f"{where}: shared_scale is {shared!r}; it must be a finite number")
+    return LayerPlan(index, groups, float(shared))
 
 
 def _group(data: Any, num_experts: int, expert_width: int | None, where: str) -> Group:

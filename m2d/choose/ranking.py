@@ -3,7 +3,6 @@
 One ranking serves every K, since the kept experts are always a prefix of the order.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from m2d.choose.layer_statistics import Indices, LayerStatistics, Vector
 from m2d.errors import UserError
 
 FORMAT = 1
+LARGEST = 1e300  # beyond it a whole number of JSON is no float64
 DIGITS = 12  # significant digits kept on disk: rounding noise must not look like a new ranking
 
 
@@ -38,12 +38,19 @@ def round_significant(value: float, digits: int = DIGITS) -> float:
 
 
 def rankings_to_dict(
-    scoring: str, layers: Sequence[LayerStatistics], rankings: Sequence[Ranking]
+    scoring: str,
+    layers: Sequence[LayerStatistics],
+    rankings: Sequence[Ranking],
+    fingerprint: str | None = None,
 ) -> dict[str, Any]:
-    """The content of rankings/{scoring}.json; equal rankings give equal dicts."""
+    """The content of rankings/{scoring}.json; equal rankings give equal dicts.
+
+    fingerprint: of the teacher whose statistics these are.
+    """
     return {
         "format": FORMAT,
         "scoring": scoring,
+        "teacher_fingerprint": fingerprint,
         "layers": [
             {
                 "layer": layer.layer,
@@ -60,7 +67,8 @@ def rankings_from_dict(data: Any, layers: Sequence[LayerStatistics]) -> tuple[st
 
     Raises UserError when `data` is not a ranking, or not one of these layers and experts.
     """
-    if not isinstance(data, Mapping) or set(data) != {"format", "scoring", "layers"}:
+    keys = set(data) if isinstance(data, Mapping) else set()
+    if keys - {"teacher_fingerprint"} != {"format", "scoring", "layers"}:
         raise UserError("not a ranking: its keys must be format, scoring, layers")
     if data["format"] != FORMAT:
         raise UserError(f"ranking of format {data['format']!r}; this version reads {FORMAT}")
@@ -88,7 +96,7 @@ def _checked(entry: Mapping, layer: LayerStatistics) -> Ranking:
         raise UserError(
             f"layer {layer.layer}: the ranking's order must name each of the {experts} experts once"
         )
-    if not _numbers(importance, experts) or not all(0 <= value < math.inf for value in importance):
+    if not _numbers(importance, experts) or not all(0 <= value <= LARGEST for value in importance):
         raise UserError(
             f"layer {layer.layer}: the ranking's importance must be {experts} numbers, "
             "none negative"

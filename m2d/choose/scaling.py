@@ -77,6 +77,32 @@ def least_squares(
     return vectors @ (inverse * (vectors.T @ (mix @ layer.gram.output_dot)))
 
 
+@SCALINGS.method(
+    "conditional-mean",
+    "every group's down projection is scaled alike, by the mean routing probability of the kept "
+    "experts where they are selected",
+    paper=False,
+)
+def conditional_mean(
+    groups: Groups,
+    importance: Vector,
+    layer: LayerStatistics,
+    over: Literal["kept", "all"] = "kept",
+) -> Vector:
+    """The mean over the kept experts of CP_e, the router's probability where it selects e.
+
+    As the model cards of the paper's DeepSeek-V2-Lite students have it. `over="all"` takes the mean
+    over all experts of the layer. Experts that were never selected count in neither.
+    """
+    routing = layer.routing
+    experts = np.concatenate(groups) if over == "kept" else np.arange(layer.num_experts)
+    experts = experts[routing.n_selected[experts] > 0]
+    if not len(experts):
+        return uniform(groups, importance, layer)
+    conditional = routing.prob_sum_selected[experts] / routing.n_selected[experts]
+    return np.full(len(groups), float(conditional.mean()))
+
+
 def total_weight(layer: LayerStatistics) -> float:
     """m: the mean over tokens of the sum of routing weights."""
     return float(layer.routing.weight_sum.sum() / layer.routing.n_tokens)

@@ -15,8 +15,12 @@ import numpy as np
 from m2d.choose.greedy import greedy_log_determinant, greedy_regression
 from m2d.choose.layer_statistics import Indices, LayerStatistics, Vector
 from m2d.choose.ranking import Ranking, by_importance
+from m2d.errors import UserError
 from m2d.methods import Table
 
+NormOver = Literal["all_tokens", "selected_tokens", "mean"]
+"""Size of an expert's output: its root mean square norm over all tokens, or over those that
+selected it; or the mean of its norm over all tokens."""
 SCORINGS: Table[Callable[..., Ranking]] = Table("scoring", default="gld_reap")
 
 
@@ -53,12 +57,10 @@ def conditional_prob(layer: LayerStatistics) -> Ranking:
 
 
 @SCORINGS.method("ACP", "their router probability where selected, times the size of their output")
-def reap(
-    layer: LayerStatistics, norm_over: Literal["all_tokens", "selected_tokens"] = "all_tokens"
-) -> Ranking:
+def reap(layer: LayerStatistics, norm_over: NormOver = "all_tokens") -> Ranking:
     """ACP: CP times the root mean square norm of the expert's output, CP_e * sqrt(G_ee).
 
-    `norm_over="selected_tokens"` takes that norm over the tokens that selected the expert.
+    The paper's code calls it `reap`; Cerebras' REAP is `cerebras_reap`. `norm_over`: see NormOver.
     """
     return by_importance(activated_probability(layer, norm_over))
 
@@ -85,7 +87,7 @@ def gram_logdet(
 )
 def gld_reap(
     layer: LayerStatistics,
-    norm_over: Literal["all_tokens", "selected_tokens"] = "all_tokens",
+    norm_over: NormOver = "all_tokens",
     kernel: Literal["gram", "cosine"] = "gram",
     ridge: float | None = None,
 ) -> Ranking:
@@ -112,20 +114,82 @@ def omp(layer: LayerStatistics, ridge: float = 1e-6) -> Ranking:
     return Ranking(order, importance)
 
 
+@SCORINGS.method(
+    "Cerebras-REAP",
+    "their routing weight times the size of their output, where they are selected",
+    paper=False,
+)
+def cerebras_reap(layer: LayerStatistics) -> Ranking:
+    """Cerebras-REAP: the mean of weight times output norm where selected,
+    weighted_out_norm_sum / n_selected, or 0. The paper's `reap` is ACP, another quantity.
+
+    Source: arXiv:2510.13999.
+    """
+    return by_importance(routed_activation(layer))
+
+
+@SCORINGS.method(
+    "DO-REAP",
+    "a greedy D-optimal choice: Cerebras' REAP score, penalising experts whose outputs resemble "
+    "those already chosen",
+    paper=False,
+)
+def gld_cerebras_reap(
+    layer: LayerStatistics,
+    kernel: Literal["gram", "cosine"] = "gram",
+    ridge: float | None = None,
+) -> Ranking:
+    """DO-REAP: greedy D-optimal selection with Cerebras' REAP score as importance; see
+    `d_optimal_order`."""
+    importance = routed_activation(layer)
+    return Ranking(d_optimal_order(layer, importance, kernel, ridge), importance)
+
+
+@SCORINGS.method("MAN", "the mean size of their output where they are selected", paper=False)
+def mean_activation_norm(layer: LayerStatistics) -> Ranking:
+    """MAN: the mean output norm where selected, out_norm_sum_selected / n_selected, or 0."""
+    return by_importance(_ratio(layer.routing.out_norm_sum_selected, layer.routing.n_selected))
+
+
+@SCORINGS.method(
+    "MSAN", "the mean squared size of their output where they are selected", paper=False
+)
+def mean_square_activation_norm(layer: LayerStatistics) -> Ranking:
+    """MSAN: the mean squared output norm where selected, out_sq_norm_sum_selected / n_selected,
+    or 0."""
+    return by_importance(_ratio(layer.routing.out_sq_norm_sum_selected, layer.routing.n_selected))
+
+
+def routed_activation(layer: LayerStatistics) -> Vector:
+    """Cerebras' REAP score [E]: mean of w_te ||f_e(x_t)|| over the tokens that selected e, or 0."""
+    return _ratio(layer.routing.weighted_out_norm_sum, layer.routing.n_selected)
+
+
 def conditional_probability(layer: LayerStatistics) -> Vector:
     """CP [E]: prob_sum_selected / n_selected, 0 where never selected."""
     return _ratio(layer.routing.prob_sum_selected, layer.routing.n_selected)
 
 
-def activated_probability(
-    layer: LayerStatistics, norm_over: Literal["all_tokens", "selected_tokens"] = "all_tokens"
-) -> Vector:
-    """ACP [E]: CP times the root mean square output norm."""
+def activated_probability(layer: LayerStatistics, norm_over: NormOver = "all_tokens") -> Vector:
+    """ACP [E]: CP times the size of the expert's output.
+
+    Raises UserError for `norm_over="mean"` where the Gram statistics were made before they held it.
+    """
+    return conditional_probability(layer) * output_size(layer, norm_over)
+
+
+def output_size(layer: LayerStatistics, norm_over: NormOver) -> Vector:
+    """The size [E] of each expert's output; see NormOver."""
+    if norm_over == "mean":
+        if layer.gram.output_norm is None:
+            raise UserError("the Gram statistics have no mean output norms; run m2d gram again")
+        return layer.gram.output_norm
     if norm_over == "selected_tokens":
-        squared = _ratio(layer.routing.out_sq_norm_sum_selected, layer.routing.n_selected)
+        routing = layer.routing
+        squared = _ratio(routing.out_sq_norm_sum_selected, routing.n_selected)
     else:
         squared = np.diagonal(layer.gram.gram)
-    return conditional_probability(layer) * np.sqrt(np.maximum(squared, 0.0))
+    return np.sqrt(np.maximum(squared, 0.0))
 
 
 def d_optimal_order(

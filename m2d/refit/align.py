@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from m2d.artifacts import atomic_path, require_absent, sha256_of, write_json
+from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.checkpoint import shard_files
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
-from m2d.models.teacher import Teacher, locate, open_teacher, pick_device, pick_dtype
+from m2d.models.teacher import Teacher, locate, open_teacher
 from m2d.options import add_compute_options, positive
 from m2d.progress import progress, say
 from m2d.refit.halves import (
@@ -116,7 +117,7 @@ class Examples:
 
 def feed_forward_parameters(block: nn.Module, family: Family) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name within the block."""
-    if not family.one_expert:
+    if not family.student_experts:
         return dict(block.named_parameters())
     name = family.experts.rpartition(".")[2]
     experts = block.get_submodule(name)
@@ -125,7 +126,7 @@ def feed_forward_parameters(block: nn.Module, family: Family) -> dict[str, nn.Pa
 
 def feed_forward_parts(block: nn.Module, family: Family) -> dict[str, Tensor]:
     """The FFN's tensors under canonical names, [out, in] each."""
-    if not family.one_expert:
+    if not family.student_experts:
         return {name: value.detach() for name, value in block.named_parameters()}
     experts = block.get_submodule(family.experts.rpartition(".")[2])
     assert isinstance(experts, StackedExperts)
@@ -245,6 +246,11 @@ def align(
     if len(tokens) < 2:
         raise UserError("align needs at least 2 sequences: some to fit, some to hold out")
     opened = open_student(student_folder, teacher)
+    if teacher.family.student_experts > 1:
+        raise UserError(
+            f"{student_folder}: alignment knows students with dense layers or one expert, not "
+            f"{teacher.family.student_experts}"
+        )
     disk = student_dtype(opened)
     source = SteppedModel(teacher, dtype, device)
     target = SteppedModel(opened, dtype, device)
@@ -289,7 +295,7 @@ def align_layer(
 ) -> tuple[dict[str, Tensor], AlignReport]:
     """The layer's new tensors, as `disk` rounds them; both models' streams then have passed it."""
     family = source.teacher.family
-    path = block_path(family) if family.one_expert else family.dense
+    path = block_path(family) if family.student_experts else family.dense
     block = ours.get_submodule(path)
     factor = residual_multiplier(ours)
     residuals, inputs, wanted, weights = [], [], [], []
@@ -363,7 +369,7 @@ def refitted_down(
     # StudentFeedForward changes the layer that it is given, so it gets one of its own around the
     # block.
     layer = inner = nn.Module()
-    *above, last = (block_path(family) if family.one_expert else family.dense).split(".")
+    *above, last = (block_path(family) if family.student_experts else family.dense).split(".")
     for name in above:
         inner.add_module(name, nn.Module())
         inner = inner.get_submodule(name)
@@ -457,7 +463,7 @@ def align_student(
         "layers": [asdict(report) for report in found.reports],
         **(record or {}),
     }
-    written = rewrite_student(student_folder, out, teacher.family, found.layers, {"align": section})
+    written = rewrite_student(student_folder, out, teacher.family, found.layers, align=section)
     shutil.rmtree(work)
     return written
 
@@ -493,9 +499,10 @@ def main(args: argparse.Namespace) -> None:
     require_absent(args.out)
     settings = AlignSettings(args.steps, args.step_tokens, args.learning_rate, args.optimiser)
     folder = locate(args.student)
-    teacher = open_teacher(args.teacher)
+    teacher = open_teacher(args.teacher, student=args.student)
     tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    dtype = pick_dtype(args.dtype, teacher.dtype)
+    device = pick_device(args.device)
+    dtype = compute_dtype(args.dtype, teacher.dtype, device)
     record = {
         "upstream_sha256": {
             "calibration": sha256_of(args.tokens),
@@ -504,6 +511,6 @@ def main(args: argparse.Namespace) -> None:
     }
     align_student(
         teacher, folder, args.out, tokens, settings,
-        dtype=dtype, device=pick_device(args.device), batch=args.batch, record=record,
+        dtype=dtype, device=device, batch=args.batch, record=record,
     )  # fmt: skip
     say(f"{args.out}: aligned")

@@ -8,20 +8,24 @@ size, C candidates.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
-from m2d.models.folded import FoldReport, LayerFold, reports, write_folds
+from m2d.models.folded import PARTS, FoldReport, LayerFold, reports, write_folds
+from m2d.models.resume import Keeper
 from m2d.models.stream import StreamedTeacher
-from m2d.models.teacher import open_teacher, pick_device, pick_dtype
+from m2d.models.teacher import open_teacher
 from m2d.options import add_compute_options
 from m2d.progress import say
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
@@ -129,8 +133,7 @@ class FoldTotals:
         dense = hidden.new_zeros(len(hidden), count, dtype=torch.float32)
         dense.scatter_(1, index, weights.float())
         for expert in range(count):
-            bias = None if experts.gate_up_bias is None else experts.gate_up_bias[expert]
-            gate_up = functional.linear(hidden, experts.gate_up_proj[expert], bias).float()
+            gate_up = experts.gate_up(expert, hidden).float()
             found = []
             for candidate in candidates:
                 moved = gate_up.clone()
@@ -154,6 +157,18 @@ class FoldTotals:
             self.parts, self.seen = None, 0
             if not self.quiet:
                 say(describe(fold.report))
+
+    def state(self, layer: int) -> dict[str, Any]:
+        """A layer's fold (m2d.models.resume.Totals)."""
+        fold = self.folds[layer]
+        report = np.frombuffer(json.dumps(asdict(fold.report)).encode(), np.uint8)
+        return {"report": report} | {part: getattr(fold, part).numpy() for part in PARTS}
+
+    def restore(self, layer: int, state: dict[str, Any]) -> None:
+        """A layer's fold as `state` gave it."""
+        report = FoldReport(**json.loads(state["report"].tobytes()))
+        tensors = (torch.from_numpy(state[part]) for part in PARTS)
+        self.folds[layer] = LayerFold(report, *tensors)
 
     def finish(
         self,
@@ -257,6 +272,7 @@ def collect_folds(
     mode: str = "fixed",
     alpha: float = 1.0,
     held_out_every: int = HELD_OUT_EVERY,
+    keep: Keeper | None = None,
 ) -> dict[int, LayerFold]:
     """The fold of every MoE layer, from tokens [S, T]; every n-th sequence is held out.
 
@@ -268,7 +284,7 @@ def collect_folds(
     totals = FoldTotals(
         held_out, tokens.shape[1], mode, alpha, family.probabilities, family.router_float32
     )
-    stream.run(tokens, batch, totals.visit, "folding, layers")
+    stream.run(tokens, batch, totals.visit, "folding, layers", keep and keep("fold", totals))
     return totals.folds
 
 
@@ -314,8 +330,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     teacher = open_teacher(args.teacher)
     tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    dtype = pick_dtype(args.dtype, teacher.dtype)
-    stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
+    device = pick_device(args.device)
+    dtype = compute_dtype(args.dtype, teacher.dtype, device)
+    stream = StreamedTeacher(teacher, dtype, device)
     folds = collect_folds(stream, tokens, args.batch, args.mode, args.alpha)
     about = provenance(teacher, args.tokens, dtype)
     record = {"mode": args.mode, "sequences": tokens.shape[0], "length": tokens.shape[1]}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from m2d.artifacts import require_absent, write_json
+from m2d.devices import compute_dtype, pick_device
 from m2d.models.stream import StreamedTeacher
-from m2d.models.teacher import open_teacher, pick_device, pick_dtype
+from m2d.models.teacher import open_teacher
 from m2d.options import add_compute_options
 from m2d.refit.fold import (
     LEAST_GAIN,
@@ -98,8 +99,9 @@ def main(args: argparse.Namespace) -> None:
         require_absent(args.json)
     teacher = open_teacher(args.teacher)
     tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    dtype = pick_dtype(args.dtype, teacher.dtype)
-    stream = StreamedTeacher(teacher, dtype, pick_device(args.device))
+    device = pick_device(args.device)
+    dtype = compute_dtype(args.dtype, teacher.dtype, device)
+    stream = StreamedTeacher(teacher, dtype, device)
     rows = fold_table(stream, tokens, args.batch)
     if args.json:
         write_json(args.json, {"teacher": teacher.name, "layers": rows})

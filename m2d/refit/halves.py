@@ -5,7 +5,7 @@ constant of the family (1 but for Granite). Shapes: B sequences of T tokens, H h
 student's intermediate size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.nn import functional
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
+from m2d.models.fingerprint import require_teacher, teacher_in
+from m2d.models.sibling import number
 from m2d.models.stream import StreamedTeacher, _drop
 from m2d.models.teacher import Teacher, check_weights, make_skeleton, read_config
 
@@ -27,7 +29,8 @@ def open_student(folder: Path, teacher: Teacher) -> Teacher:
 
     Raises UserError where it cannot be a student of that teacher.
     """
-    raw, config = read_config(folder)
+    raw, whole = read_config(folder)
+    config = whole.get_text_config()
     sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
     for key in sizes:
         ours, theirs = getattr(config, key, None), getattr(teacher.config, key, None)
@@ -37,15 +40,27 @@ def open_student(folder: Path, teacher: Teacher) -> Teacher:
                 "the student was made from"
             )
     family = teacher.family
-    if raw["model_type"] != family.student_model_type:
+    if config.model_type != family.student_model_type:
         raise UserError(
-            f"{folder}: model_type is {raw['model_type']!r}; students of {teacher.name} are "
+            f"{folder}: model_type is {config.model_type!r}; students of {teacher.name} are "
             f"{family.student_model_type!r}"
         )
-    moe_layers = teacher.moe_layers if family.one_expert else []
-    student = Teacher(
-        folder, folder.name, raw, config, family, make_skeleton(config, folder), moe_layers
+    if family.student_experts and (found := number(config, family.num_experts)) != (
+        family.student_experts
+    ):
+        raise UserError(
+            f"{folder}: has {found} experts; students of {teacher.name} have "
+            f"{family.student_experts}"
+        )
+    require_teacher([(str(folder), teacher_in(folder))], teacher.fingerprint, teacher.name)
+    moe_layers = teacher.moe_layers if family.student_experts else []
+    family = replace(
+        family,
+        layers=family.student_layers or family.layers,
+        head=family.student_head or family.head,
     )
+    skeleton = make_skeleton(whole, folder)
+    student = Teacher(folder, folder.name, raw, config, family, skeleton, moe_layers)
     check_weights(student)
     return student
 
@@ -151,7 +166,7 @@ class _DenseStub(nn.Module):
 
 
 class _ExpertStub(nn.Module):
-    """In the place of a single routed expert: keeps what its down projection would take."""
+    """In the place of experts that are always taken: keeps what their down projections take."""
 
     def __init__(self, experts: StackedExperts):
         super().__init__()
@@ -160,26 +175,34 @@ class _ExpertStub(nn.Module):
         self.weight: Tensor | None = None
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        self.inner, self.weight = self.experts.inner(0, hidden), top_k_weights
+        count = self.experts.num_experts
+        if count == 1:
+            self.inner, self.weight = self.experts.inner(0, hidden), top_k_weights
+            return torch.zeros_like(hidden)
+        weights = torch.zeros_like(top_k_weights).scatter(1, top_k_index, top_k_weights)
+        inner = [self.experts.inner(e, hidden) for e in range(count)]
+        self.inner = torch.cat([h * weights[:, [e]].to(h) for e, h in enumerate(inner)], dim=1)
+        self.weight = None
         return torch.zeros_like(hidden)
 
 
 class StudentFeedForward:
     """A student's FFN as base(x) + w (h(x) D + bias): w the weight of its one expert, else 1.
 
-    base is what does not pass through the down projection D, such as a gated shared expert; zero
-    in a dense FFN. The layer given is changed: its block gives base alone from now on.
+    Where a student has several experts, h is that of all of them, each times its weight. base is
+    what does not pass through the down projection D, such as a gated shared expert; zero in a dense
+    FFN. The layer given is changed: its block gives base alone from now on.
     """
 
     def __init__(self, layer: nn.Module, family: Family):
         self.weight: Tensor  # D^T [H, W]
         self.bias: Tensor | None  # [H]
         self.stub: _ExpertStub | _DenseStub
-        if family.one_expert:
+        if family.student_experts:
             self.block = layer.get_submodule(block_path(family))
             experts = layer.get_submodule(family.experts)
             assert isinstance(experts, StackedExperts)
-            self.weight = experts.down_proj[0]
+            self.weight = torch.cat(list(experts.down_proj), dim=1)
             self.bias = None if experts.down_bias is None else experts.down_bias[0]
             self.stub = _ExpertStub(experts)
             layer.set_submodule(family.experts, self.stub)
@@ -224,10 +247,21 @@ class StudentFeedForward:
         """The whole block's output [B, T, H] of its input [B, T, H]."""
         base = self.base(block_input)
         inner, weight = self.taken()
-        out = functional.linear(inner, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(inner.dtype)
+        out = functional.linear(inner, self.weight.to(inner.dtype), bias)
         return base + (out if weight is None else out * weight.to(out.dtype)).view_as(base)
 
 
 def block_path(family: Family) -> str:
-    """Module path of the MoE block: where the experts and the router are."""
-    return family.experts.rpartition(".")[0]
+    """Module path of the MoE block: where the experts and the router are.
+
+    Raises UserError where a layer's experts stand by themselves: what they give goes through a
+    norm of its own, and no down projection can be solved for.
+    """
+    path = family.experts.rpartition(".")[0]
+    if not path:
+        raise UserError(
+            f"{family.model_type}: its experts' sum is normed before it is added, so a refit in "
+            "closed form does not apply"
+        )
+    return path

@@ -1,7 +1,7 @@
 """Refit: a student's down projections anew by ridge regression on calibration tokens.
 
 Not of the paper. Only the down projections (and their biases) change; the student keeps its
-architecture and size. docs/closed-form.md has the mathematics and what it is worth.
+architecture and size. docs/beyond.md has the mathematics and what it is worth.
 Shapes: B sequences of T tokens, N = B T, H hidden size, W the student's intermediate size.
 """
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from m2d.artifacts import require_absent, sha256_of
+from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, shard_files
 from m2d.models.families import Family
-from m2d.models.teacher import Teacher, locate, open_teacher, pick_device, pick_dtype
+from m2d.models.teacher import Teacher, locate, open_teacher
 from m2d.options import add_compute_options
 from m2d.progress import progress, say
 from m2d.refit.halves import (
@@ -229,12 +230,12 @@ def write_refitted(
     record: the "refit" section of m2d.json.
     """
     checkpoint = Checkpoint(student_folder)
-    template = family.down_proj if family.one_expert else family.dense_down_proj
+    template = family.down_proj if family.student_experts else family.dense_down_proj
     layers: dict[int, FeedForward] = {}
     for layer, rows in found.rows.items():
         name = template.format(layer=layer, expert=0).removesuffix("weight") + "bias"
         layers[layer] = down_parts(rows, name in checkpoint)
-    return rewrite_student(student_folder, out, family, layers, {"refit": record})
+    return rewrite_student(student_folder, out, family, layers, refit=record)
 
 
 def refit_record(
@@ -274,12 +275,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     require_absent(args.out)
     folder = locate(args.student)
-    teacher = open_teacher(args.teacher)
+    teacher = open_teacher(args.teacher, student=args.student)
     tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    dtype = pick_dtype(args.dtype, teacher.dtype)
+    device = pick_device(args.device)
+    dtype = compute_dtype(args.dtype, teacher.dtype, device)
     found = refit(
         teacher, folder, tokens, args.variant, weighting=args.weighting,
-        dtype=dtype, device=pick_device(args.device), batch=args.batch,
+        dtype=dtype, device=device, batch=args.batch,
     )  # fmt: skip
     record = refit_record(args.variant, tokens, found, dtype, args.weighting)
     record["upstream_sha256"] = {

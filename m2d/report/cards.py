@@ -4,51 +4,51 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from m2d.artifacts import read_json, write_text
+from m2d.artifacts import finite, read_json, reading, write_text
 from m2d.errors import UserError
 from m2d.progress import say
 from m2d.report.results import SCORES, Place, place_of
-from m2d.students.card import model_card
+from m2d.students.card import Score, model_card
+from m2d.students.record import TokensPart, read_record
+from m2d.tokens.files import open_tokens
 
 
 def scores_of(
     perplexity_file: str | Path | None, evaluation_files: Iterable[str | Path]
-) -> dict[str, Any]:
+) -> dict[str, Score]:
     """Scores by label, as `model_card` takes them, from results of m2d perplexity and evaluate."""
-    scores: dict[str, Any] = {}
+    scores: dict[str, Score] = {}
     if perplexity_file is not None:
         result = read_json(perplexity_file)
         if not isinstance(result, dict) or "perplexity" not in result:
             raise UserError(f"{perplexity_file}: holds no perplexity; use m2d perplexity --out")
-        words = f"perplexity ({result.get('n_tokens', 0):,} tokens of test text)"
-        scores[words] = {"value": result["perplexity"], "stderr": result.get("stderr")}
+        with reading(perplexity_file, "a result of m2d perplexity"):
+            words = f"perplexity ({int(result.get('n_tokens', 0)):,} tokens of test text)"
+            error = result.get("stderr")
+            error = None if error is None else finite(error, "stderr")
+            scores[words] = Score(finite(result["perplexity"], "perplexity"), error)
     for file in evaluation_files:
         task, content = Path(file).stem, read_json(file)
-        found = content.get("results", {}).get(task, {}) if isinstance(content, dict) else {}
-        measure = next((m for m in (*SCORES, "word_perplexity") if f"{m},none" in found), None)
-        if measure is None:
-            raise UserError(f"{file}: holds no score of {task}; make it with m2d evaluate")
-        shots = content.get("n-shot", {}).get(task, 0)
-        error = found.get(f"{measure}_stderr,none")
-        score = {"value": found[f"{measure},none"]}
-        score |= {"stderr": error} if isinstance(error, float) else {}
-        scores[f"{task}, {shots}-shot, {measure}"] = score
+        with reading(file, "a result of m2d evaluate"):
+            found = content.get("results", {}).get(task, {}) if isinstance(content, dict) else {}
+            measure = next((m for m in (*SCORES, "word_perplexity") if f"{m},none" in found), None)
+            if measure is None:
+                raise UserError(f"{file}: holds no score of {task}; make it with m2d evaluate")
+            shots = int(content.get("n-shot", {}).get(task, 0))
+            error = found.get(f"{measure}_stderr,none")
+            error = finite(error, "stderr") if isinstance(error, float) else None
+            value = finite(found[f"{measure},none"], measure)
+            scores[f"{task}, {shots}-shot, {measure}"] = Score(value, error)
     return scores
 
 
-def calibration_of(file: str | Path) -> dict[str, Any]:
+def calibration_of(file: str | Path) -> TokensPart:
     """What a token file says of itself: source, sequences, length."""
-    try:
-        with safe_open(file, "numpy") as tokens:
-            metadata = tokens.metadata() or {}
-            sequences, length = tokens.get_slice("input_ids").get_shape()
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{file}: not a token file of m2d tokenize ({error})") from None
-    return {"source": metadata.get("source"), "sequences": sequences, "length": length}
+    found = open_tokens(file)
+    return TokensPart(
+        source=found.notes.get("source"), sequences=found.sequences, length=found.length
+    )
 
 
 def place_of_folder(student: Path) -> Place | None:
@@ -72,12 +72,10 @@ def card_of(
     calibration_files: Iterable[Path],
 ) -> str:
     """The card of a student's folder with the scores and the calibration in these files."""
-    record = read_json(student / "m2d.json")
-    if not isinstance(record, dict):
-        raise UserError(f"{student / 'm2d.json'}: not a student's m2d.json")
-    uncalibrated = str((record.get("baseline") or {}).get("kind")).startswith("random_")
+    record = read_record(student / "m2d.json")
+    uncalibrated = record.baseline is not None and record.baseline.kind.startswith("random_")
     for file in () if uncalibrated else calibration_files:
-        record = {**record, "calibration": calibration_of(file)}
+        record = record.model_copy(update={"calibration": calibration_of(file)})
     if len(perplexity_files) > 1:
         raise UserError(f"{student}: more than one perplexity file; give its own alone")
     return model_card(record, scores_of(next(iter(perplexity_files), None), evaluation_files))

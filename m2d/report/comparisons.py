@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from m2d.report.results import PAPER_TASKS, UNDISTILLED, main_scores
+from m2d.report.results import PAPER_TASKS, main_scores
+from m2d.students.variants import REPAIRS, UNDISTILLED
 
 MODEL = ["source", "teacher", "student", "variant"]
 TIMES = ["made_s", "measured_s"]
@@ -65,7 +66,8 @@ def model_rows(long: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
     table = table.merge(seconds.reset_index().assign(source="ours"), on=MODEL, how="left")
     table["student"] = table["student"].replace("", pd.NA).astype("string")
     table = _with_published(table, shown)
-    first = table["variant"].map({"teacher": 0, "merged": 1, "refit": 2}).fillna(3)
+    made = ["teacher", *UNDISTILLED]
+    first = table["variant"].map({name: i for i, name in enumerate(made)}).fillna(len(made))
     order = ["source", "teacher", "student", "first", "variant"]
     table = table.assign(first=first).sort_values(order, na_position="first", ignore_index=True)
     extra = ["perplexity", "perplexity ±"]
@@ -113,7 +115,9 @@ def same_model(ours: dict[str, Any], published: dict[str, Any]) -> bool:
         for key in ("tokens", "parameters")
         if published[key]
     )
-    trained = ours["start"] == "merged" and ours["teacher_top_k"] is None
+    trained = (
+        ours["start"] is not None and ours["start"] not in REPAIRS and ours["teacher_top_k"] is None
+    )
     return near and trained and published["variant"] != "reference"
 
 

@@ -5,19 +5,23 @@ import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from m2d.errors import UserError
+from m2d.artifacts import reading
 from m2d.progress import say
 from m2d.report import plot_experts as experts
 from m2d.report import plot_grid as grid
+from m2d.report import plot_repair as repair
 from m2d.report import plot_students as students
 from m2d.report.plot_style import message_figure, save
 from m2d.report.results import place_of
 from m2d.report.tables import add_result_options, make_tables
+from m2d.students.record import read_record
 
 # Figures of what a teacher's own files hold; with several teachers, one file for each.
 # What each lacks where a run has no such file.
@@ -28,26 +32,26 @@ OF_A_TEACHER = {
     "expert_usage": "no routing statistics",
     "gram_similarity": "no Gram statistics",
 }
-OF_THE_RUN = ("perplexity", "accuracy", "accuracy_and_size", "distillation")
+OF_THE_RUN = ("perplexity", "accuracy", "accuracy_and_size", "distillation", "repair")
 FIGURES = (*OF_A_TEACHER, *OF_THE_RUN)
 
 
 def read_statistics(file: str | Path) -> pd.DataFrame:
     """The routing statistics: one row per layer and expert."""
-    try:
-        return pd.read_parquet(file, columns=["layer", "expert", "n_tokens", "n_selected"])
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not routing statistics of m2d stats ({error})") from None
+    with reading(file, "routing statistics of m2d stats"):
+        columns = ["layer", "expert", "n_tokens", "n_selected"]
+        return pd.read_parquet(file, columns=columns).astype("int64")
 
 
 def read_grams(file: str | Path) -> dict[int, experts.Matrix]:
     """The inner products of expert outputs [E, E], by layer."""
-    try:
-        with safe_open(file, "numpy") as tensors:
-            names = [name for name in tensors.keys() if name.endswith(".gram")]  # noqa: SIM118
-            return {int(name.split(".")[1]): tensors.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: not Gram statistics of m2d gram ({error})") from None
+    with reading(file, "Gram statistics of m2d gram"), safe_open(file, "numpy") as tensors:
+        names = [name for name in tensors.keys() if name.endswith(".gram")]  # noqa: SIM118
+        found = {int(n.split(".")[1]): tensors.get_tensor(n).astype(float) for n in names}
+        for layer, gram in found.items():
+            if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not np.isfinite(gram).all():
+                raise ValueError(f"that of layer {layer} is no square matrix of numbers")
+        return found
 
 
 def read_metrics(files: Iterable[str | Path]) -> dict[str, pd.DataFrame]:
@@ -55,13 +59,38 @@ def read_metrics(files: Iterable[str | Path]) -> dict[str, pd.DataFrame]:
     curves = {}
     for file in files:
         place = place_of(file)
-        try:
+        with reading(file, "metrics of m2d distill"):
             lines = Path(file).read_text(encoding="utf-8").splitlines()
             table = pd.DataFrame([json.loads(line) for line in lines])
-            curves[f"{place.student}, {place.variant}"] = table[["tokens", "loss", "lr"]]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{file}: not metrics of m2d distill ({error})") from None
+            columns = table[["tokens", "loss", "lr"]].astype(float)
+            if not np.isfinite(columns.to_numpy()).all():
+                raise ValueError("a number is NaN or infinite")
+            curves[f"{place.student}, {place.variant}"] = columns
     return curves
+
+
+def read_repairs(files: Iterable[str | Path]) -> tuple[repair.Changes, repair.Changes]:
+    """What folding and alignment did to each layer, from m2d.json of every model.
+
+    By student, those with the same numbers together; of several teachers, with the teacher's name.
+    """
+    places = {Path(file): place_of(file) for file in files}
+    several = len({place.teacher for place in places.values()}) > 1
+    found: tuple[dict[Any, list[str]], dict[Any, list[str]]] = ({}, {})
+    for file, place in places.items():
+        record = read_record(file)
+        name = f"{place.teacher}, {place.student}" if several else place.student
+        folds = record.fold.layers if record.fold else []
+        aligned = record.align.layers if record.align else []
+        changes = (
+            tuple(repair.LayerChange(x.layer, x.r2_before, x.r2_after) for x in folds),
+            tuple(repair.LayerChange(x.layer, x.before, x.after) for x in aligned),
+        )
+        for kind, rows in zip(found, changes, strict=True):
+            if rows and name not in kind.setdefault(rows, []):
+                kind[rows].append(name)
+    folds_by, aligned_by = ({", ".join(n): rows for rows, n in kind.items()} for kind in found)
+    return folds_by, aligned_by
 
 
 def make_figures(
@@ -69,6 +98,7 @@ def make_figures(
     statistics_files: Iterable[str | Path] = (),
     gram_files: Iterable[str | Path] = (),
     metrics_files: Iterable[str | Path] = (),
+    provenance_files: Iterable[str | Path] = (),
 ) -> dict[str, Callable[[], Figure]]:
     """What draws each figure, by its name. With several teachers, those of one teacher are named
     NAME_TEACHER; NAME alone is then that of the first.
@@ -104,6 +134,7 @@ def make_figures(
     figures["accuracy"] = partial(students.accuracies, wide)
     figures["accuracy_and_size"] = partial(students.accuracy_and_size, wide)
     figures["distillation"] = partial(students.distillation, curves)
+    figures["repair"] = partial(repair.layers, *read_repairs(provenance_files))
     return figures
 
 
@@ -121,7 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     tables = make_tables(args.grid, args.perplexity, args.evaluation, args.provenance)
-    figures = make_figures(tables, args.statistics, args.gram, args.metrics)
+    figures = make_figures(tables, args.statistics, args.gram, args.metrics, args.provenance or [])
     for name, draw in figures.items():
         save(draw(), args.out, name)
     say(f"{args.out}: " + ", ".join(figures))

@@ -18,12 +18,16 @@ from m2d.report.plot_style import (
     new_figure,
     plain_log,
 )
-from m2d.report.results import CHANCE, UNDISTILLED
+from m2d.report.results import CHANCE
+from m2d.students.variants import UNDISTILLED
 
 UNITS = {"B": 1e9, "M": 1e6, "K": 1e3}
 BYTES = {" GB": 1e9, " MB": 1e6, " kB": 1e3}
 LINES = ("--", "-.", (0, (6, 1, 1, 1, 1, 1)))  # of teachers; dots are chance
-LABELS = {"merged": "merged, not distilled", "refit": "refitted, not distilled"}
+LABELS = {name: f"{name}, not distilled" for name in UNDISTILLED} | {
+    "refit": "refitted, not distilled",
+    "align": "aligned, not distilled",
+}
 
 
 def variants_of(table: pd.DataFrame) -> list[str]:

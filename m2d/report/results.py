@@ -9,21 +9,26 @@ Where a file stands says what it is about (the path grammar of the workflow):
   {teacher}/students/{student}/{variant}/m2d.json
   benchmarks/{rule}/....tsv
 
-A variant is "merged" or "refit" (down projections solved anew), both not distilled, or the name of
+A variant is "merged", "refit" (down projections solved anew) or "align" (FFNs trained layer by
+layer), none of them distilled, or the name of
 a distillation recipe. The teacher's own variant is "teacher".
 """
 
 import importlib.resources
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from m2d.artifacts import read_json
+from m2d.artifacts import finite, read_json, reading
 from m2d.errors import UserError
 from m2d.methods import table
+from m2d.progress import say
+from m2d.students.record import DistillationPart, PlanPart, StudentRecord, read_record
+from m2d.students.variants import ALIGN, INITIAL, MERGED, PRUNED, REFIT, first_variant
 
 # Columns of the long format: one row per measured number, whatever was measured.
 COLUMNS = {
@@ -49,9 +54,9 @@ COLUMNS = {
     "samples": "Int64",
     "source": "string",
 }
-# A student's variants before distillation, in the order in which they are made.
-UNDISTILLED = ("merged", "refit")
 PAPER_TASKS = ("winogrande", "hellaswag", "arc_easy", "arc_challenge", "mmlu")
+# The verbs of rules that write a student -> its variant.
+MADE_BY = {"merge": MERGED, "prune": PRUNED, "initialise": INITIAL, "refit": REFIT, "align": ALIGN}
 # Accuracy of guessing, where a task has the same number of choices throughout.
 CHANCE = {
     "winogrande": 0.5,
@@ -113,14 +118,25 @@ def read_grid(files: Iterable[str | Path]) -> pd.DataFrame:
     """
     frames = []
     for file in files:
-        try:
+        with reading(file, "readable as Parquet"):
             frame = pd.read_parquet(file)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: not readable as Parquet ({error})") from None
         missing = {"scoring", "grouping", "scaling", "keep", "plan", "perplexity", "stderr"}
         missing -= set(frame)
         if missing:
             raise UserError(f"{file}: lacks the columns {', '.join(sorted(missing))}")
+        with reading(file, "a grid of m2d grid"):
+            texts = ("scoring", "grouping", "scaling", "plan")
+            nothing = frame["perplexity"].isna()
+            if nothing.any():  # a student whose weights overflowed, say
+                say(f"{file}: {nothing.sum()} of {len(frame)} rows have no perplexity; left out")
+                frame = frame[~nothing]
+            types: dict[str, Any] = dict.fromkeys(texts, str)
+            types |= {"keep": int, "groups": int, "n_tokens": int}
+            types |= {"perplexity": float, "stderr": float}
+            known = {k: v for k, v in types.items() if k in frame and frame[k].notna().all()}
+            frame = frame.astype(known)
+            if not np.isfinite(frame["perplexity"]).all():
+                raise ValueError("a perplexity is NaN or infinite")
         frames.append(frame.assign(teacher=place_of(file).teacher))
     if not frames:
         return pd.DataFrame()
@@ -141,39 +157,60 @@ def read_grid(files: Iterable[str | Path]) -> pd.DataFrame:
     return grid[leading + [column for column in grid if column not in leading]]
 
 
+PLAN_KEYS = ("scoring", "grouping", "scaling", "keep", "groups")
+
+
 def read_provenance(files: Iterable[str | Path]) -> dict[Place, dict[str, Any]]:
     """What the m2d.json of each student says of it and of its teacher, as columns of the format."""
-    found = {}
+    found: dict[Place, dict[str, Any]] = {}
     for file in files:
-        content = read_json(file)
-        if not isinstance(content, dict):
-            raise UserError(f"{file}: not a student's m2d.json")
-        plan, distillation = content.get("plan") or {}, content.get("distillation") or {}
-        size = DTYPE_BYTES.get(str(content.get("dtype")).removeprefix("torch."))
+        record = read_record(file)
+        plan, distillation = record.plan or PlanPart(), record.distillation or DistillationPart()
+        size = DTYPE_BYTES.get(str(record.dtype).removeprefix("torch."))
         place = place_of(file)
         found[place] = {
-            **{key: plan.get(key) for key in ("scoring", "grouping", "scaling", "keep", "groups")},
-            **_sizes(content.get("student"), size),
-            "start": _start_of(content),
-            "baseline": (content.get("baseline") or {}).get("kind"),
-            "tokens": distillation.get("tokens"),
-            "teacher_top_k": distillation.get("teacher_top_k"),
+            **{key: getattr(plan, key) or None for key in PLAN_KEYS},
+            **_sizes(record.student.parameters, size),
+            "start": _start_of(record),
+            "baseline": record.baseline.kind if record.baseline else None,
+            "tokens": distillation.tokens,
+            "teacher_top_k": distillation.teacher_top_k,
         }
-        sizes = _sizes(content.get("teacher"), size)
+        sizes = _sizes(record.teacher.parameters, size)
         found[Place(place.teacher, "", "teacher")] = {**sizes, "bytes_per_weight": size}
     return found
 
 
-def _start_of(content: dict[str, Any]) -> str | None:
+def typed(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, if its values are of its columns' types; else ValueError."""
+    for name, value in row.items():
+        kind = COLUMNS[name]
+        if value is None:
+            continue
+        if kind == "string":
+            if not isinstance(value, str):
+                raise ValueError(f"{name} is {str(value)[:40]!r}, and must be text")
+        elif kind == "Int64":
+            if type(value) is not int or abs(value) >= 2**63:
+                raise ValueError(f"{name} is {str(value)[:40]!r}, and must be a whole number")
+        else:
+            finite(value, name)
+    return row
+
+
+def _start_of(record: StudentRecord) -> str | None:
     """The variant that a distilled student's training began with."""
-    if not content.get("distillation"):
+    if not record.distillation:
         return None
-    return "refit" if content.get("refit") else "merged"
+    if record.align:
+        return ALIGN
+    if record.refit:
+        return REFIT
+    return first_variant(record.baseline.kind if record.baseline else None)
 
 
-def _sizes(model: Any, bytes_per_weight: int | None) -> dict[str, int | None]:
+def _sizes(parameters: int | None, bytes_per_weight: int | None) -> dict[str, int | None]:
     """Parameters and bytes of a model that m2d.json describes."""
-    parameters = model.get("parameters") if isinstance(model, dict) else None
     if parameters is None or bytes_per_weight is None:
         return {"parameters": parameters, "bytes": None}
     return {"parameters": parameters, "bytes": parameters * bytes_per_weight}
@@ -197,7 +234,8 @@ def read_perplexities(
             raise UserError(f"{file}: holds no perplexity; make it with m2d perplexity --out")
         row = {"task": "test text", "measure": "perplexity", "value": content["perplexity"]}
         row |= {"samples": content.get("n_tokens"), "stderr": content.get("stderr")}
-        rows.append({**about(place_of(file), provenance), **row})
+        with reading(file, "a result of m2d perplexity"):
+            rows.append({**about(place_of(file), provenance), **typed(row)})
     return rows
 
 
@@ -205,29 +243,38 @@ def read_evaluations(
     files: Iterable[str | Path], provenance: dict[Place, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """A row per measure of the task that each file is named after."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for file in files:
-        place, content = place_of(file), read_json(file)
-        results = content.get("results", {}) if isinstance(content, dict) else {}
-        if place.task not in results:
-            raise UserError(f"{file}: holds no result of {place.task}; make it with m2d evaluate")
-        shots = content.get("n-shot", {}).get(place.task)
-        count = content.get("n-samples", {}).get(place.task, {}).get("effective")
-        setup = content.get("config", {})  # its sizes hold for teachers and baselines too
-        size = DTYPE_BYTES.get(str(setup.get("model_dtype")).removeprefix("torch."))
-        own = provenance.get(Place(place.teacher, place.student, place.variant), {})
-        size = own.get("bytes_per_weight", size)  # as stored, not as evaluated
-        sizes = _sizes({"parameters": setup.get("model_num_parameters")}, size)
-        for key, value in results[place.task].items():
-            measure, _, metric_filter = key.partition(",")
-            if not metric_filter or measure.endswith("_stderr"):
-                continue
-            error = results[place.task].get(f"{measure}_stderr,{metric_filter}")
-            row = {"task": place.task, "shots": shots, "measure": measure, "value": value}
-            row |= {"stderr": error if isinstance(error, float) else None, "samples": count}
-            known = {k: v for k, v in about(place, provenance).items() if v is not None}
-            rows.append({**sizes, **known, **row})
+        content = read_json(file)
+        with reading(file, "a result of m2d evaluate"):
+            rows += _scores_in(file, content, provenance)
     return rows
+
+
+def _scores_in(
+    file: str | Path, content: Any, provenance: dict[Place, dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one file; any exception where it is no result."""
+    place = place_of(file)
+    results = content.get("results", {}) if isinstance(content, dict) else {}
+    if place.task not in results:
+        raise UserError(f"{file}: holds no result of {place.task}; make it with m2d evaluate")
+    shots = content.get("n-shot", {}).get(place.task)
+    count = content.get("n-samples", {}).get(place.task, {}).get("effective")
+    setup = content.get("config", {})  # its sizes hold for teachers and baselines too
+    size = DTYPE_BYTES.get(str(setup.get("model_dtype")).removeprefix("torch."))
+    own = provenance.get(Place(place.teacher, place.student, place.variant), {})
+    size = own.get("bytes_per_weight", size)  # as stored, not as evaluated
+    sizes = _sizes(setup.get("model_num_parameters"), size)
+    for key, value in results[place.task].items():
+        measure, _, metric_filter = key.partition(",")
+        if not metric_filter or measure.endswith("_stderr"):
+            continue
+        error = results[place.task].get(f"{measure}_stderr,{metric_filter}")
+        row = {"task": place.task, "shots": shots, "measure": measure, "value": value}
+        row |= {"stderr": error if isinstance(error, float) else None, "samples": count}
+        known = {k: v for k, v in about(place, provenance).items() if v is not None}
+        yield {**typed(sizes), **known, **typed(row)}
 
 
 def read_published() -> list[dict[str, Any]]:
@@ -252,13 +299,11 @@ def read_benchmarks(folder: str | Path | None) -> pd.DataFrame:
     rows = []
     for file in sorted(Path(folder).rglob("*.tsv")) if folder is not None else []:
         relative = file.relative_to(Path(folder or ".")).with_suffix("")
-        try:
+        with reading(file, "a Snakemake benchmark"):
             table = pd.read_csv(file, sep="\t", na_values=["-"])
-            seconds, memory = table["s"].sum(), table["max_rss"].max()
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{file}: not a Snakemake benchmark ({error})") from None
+            seconds, memory = float(table["s"].sum()), float(table["max_rss"].max())
         job = "/".join(relative.parts[1:])
-        rows.append([relative.parts[0], job, float(seconds), float(memory)])
+        rows.append([relative.parts[0], job, seconds, memory])
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -276,7 +321,7 @@ def seconds_by_model(benchmarks: pd.DataFrame) -> pd.DataFrame:
         if what == "teacher":
             rows.append([parts[0], "", "teacher", column, seconds])
         elif (what == "student" or rule == "merge_neurons") and len(parts) > 1:
-            variant = parts[2] if len(parts) > 2 else "refit" if verb == "refit" else "merged"
+            variant = parts[2] if len(parts) > 2 else MADE_BY[verb]
             rows.append([parts[0], parts[1], variant, column, seconds])
     table = pd.DataFrame(rows, columns=["teacher", "student", "variant", "column", "seconds"])
     wide = table.pivot_table(

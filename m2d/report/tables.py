@@ -57,8 +57,8 @@ TABLES = {
     ),
     "students": (
         "Teachers and students",
-        f"What this run measured. {MODELS} merged, refit: not distilled; start: the one of these "
-        "that distillation began with.",
+        f"What this run measured. {MODELS} merged, pruned, initial, refit, align: not distilled; "
+        "start: the one of these that distillation began with.",
     ),
     "distilled_grid": ("Distilled students by method and K", MODELS),
     "headline": (

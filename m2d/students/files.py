@@ -7,26 +7,54 @@ from typing import Any
 from m2d.artifacts import read_json
 from m2d.errors import UserError
 from m2d.models.hub import other_files
+from m2d.models.schemes import MODELOPT_FILE
 from m2d.progress import say
 
 # What every writer of a student makes anew.
 WRITTEN_ANEW = ("config.json", "README.md", "m2d.json", "metrics.jsonl")
+# How the source's weights were quantised, which a student's are not.
+OF_PACKING = (MODELOPT_FILE, "quantize_config.json", "quant_config.json")
+# Of a composite model: how images and sound become its inputs.
+PROCESSORS = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
-def copy_others(source: Path, folder: Path, anew: tuple[str, ...] = WRITTEN_ANEW) -> None:
+def copy_others(
+    source: Path,
+    folder: Path,
+    anew: tuple[str, ...] = WRITTEN_ANEW,
+    *,
+    processors: bool = False,
+) -> None:
     """Copy a model's tokenizer, templates, licences and the like, all but what is written anew.
 
+    processors: also how a composite model makes its inputs of images and sound.
     Raises UserError for a link that leads out of the model's folder.
     """
-    for name in other_files(source):
-        if str(name) not in anew:
+    for name in check_others(source):
+        if str(name) not in (*anew, *OF_PACKING):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
+    for processor in PROCESSORS if processors else ():
+        if (source / processor).is_file():
+            shutil.copyfile(source / processor, folder / processor)
     if code := tokenizer_code(source):
         say(
             f"{source}: its tokenizer is Python code of the repository ({code}), which m2d does "
             "not run; it is copied, and loads with trust_remote_code alone"
         )
+
+
+def check_others(source: Path) -> list[Path]:
+    """The files that `copy_others` would copy. Raises UserError where they make no sense."""
+    names = other_files(source)
+    for name in names:
+        if name.suffix == ".json":
+            read_json(source / name, constants=False)
+    return names
 
 
 def tokenizer_code(folder: Path) -> str | None:

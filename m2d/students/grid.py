@@ -7,6 +7,8 @@ measured once.
 
 import argparse
 import itertools
+import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,16 +24,20 @@ from m2d.choose.grouping import GROUPINGS
 from m2d.choose.plan import Plan, check_keep, distinct_plans, make_plan
 from m2d.choose.ranking import rankings_from_dict
 from m2d.choose.scaling import SCALINGS
+from m2d.devices import announce, compute_dtype, computed_on, dtype_name, free_memory, pick_device
 from m2d.errors import UserError
 from m2d.evaluate.perplexity import loaded_nll, make_result
-from m2d.memory import free_memory
 from m2d.methods import Table
 from m2d.models.checkpoint import Checkpoint
-from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
-from m2d.options import add_compute_options
+from m2d.models.skeleton import move_text, text_paths
+from m2d.models.teacher import Teacher, open_teacher
+from m2d.models.widen import held, widen
+from m2d.options import add_compute_options, add_student_options
 from m2d.progress import progress, say
 from m2d.statistics.files import read_layers
+from m2d.students.merge import require_statistics
 from m2d.students.tensors import StudentTensors, build_student_skeleton, stored_shapes
+from m2d.students.widths import add_groups_option
 from m2d.tokens.files import read_tokens
 
 # Experts are kept in memory up to this share of what is free when the grid starts.
@@ -56,22 +62,33 @@ class ExpertStore:
 
 
 class GridStudent:
-    """A student in memory whose FFNs are replaced plan by plan; all plans have one width."""
+    """A student in memory whose FFNs are replaced plan by plan; all plans have one width.
+
+    Its weights are those that a written student would have, in the teacher's dtype; its products
+    are in `dtype`.
+    """
 
     def __init__(
         self, teacher: Teacher, first: Plan, width: int, dtype: torch.dtype, device: torch.device
     ):
+        announce(f"students of {teacher.name}", teacher.dtype, dtype, device)
         _, skeleton = build_student_skeleton(teacher, width)
         checkpoint = Checkpoint(teacher.folder)
         store = ExpertStore(checkpoint, SHARE_OF_FREE_MEMORY * free_memory(torch.device("cpu")))
         self.tensors = StudentTensors(
-            teacher.family, checkpoint, stored_shapes(skeleton), dtype, store.read
+            teacher.family,
+            checkpoint,
+            stored_shapes(skeleton),
+            held(teacher.dtype, dtype),
+            store.read,
         )
         specs = self.tensors.specs(first)
         state = {name: self.tensors.make(name, first) for name in specs}
         skeleton.load_state_dict(state, strict=False, assign=True)
-        skeleton.tie_weights()  # type: ignore[operator]
-        self.model = skeleton.to(device).eval()
+        skeleton.tie_weights()
+        for path in text_paths(skeleton):
+            widen(skeleton.get_submodule(path), dtype)
+        self.model = move_text(skeleton, device).eval()
         self.parameters = dict(self.model.named_parameters())
 
     @torch.no_grad()
@@ -103,6 +120,7 @@ def keeps_list(text: str) -> list[int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id")
     parser.add_argument("out", type=Path, help="the file to write, .parquet")
+    add_student_options(parser)
     parser.add_argument("--statistics", required=True, help="file from m2d stats")
     parser.add_argument("--gram", required=True, help="file from m2d gram")
     parser.add_argument("--ranking", required=True, help="file from m2d rank")
@@ -110,29 +128,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keeps", help="values of K, with commas (default: the paper's)")
     parser.add_argument("--groupings", default=",".join(GROUPINGS.paper))
     parser.add_argument("--scalings", default=",".join(SCALINGS.paper))
+    add_groups_option(parser)
     add_compute_options(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    teacher = open_teacher(args.teacher)
-    keeps = (
-        keeps_list(args.keeps) if args.keeps else paper_keeps(teacher.top_k, teacher.num_experts)
-    )
+    teacher = open_teacher(args.teacher, student_class=args.student_class, text_only=args.text_only)
+    usual = paper_keeps(args.groups or teacher.top_k, teacher.num_experts)
+    keeps = keeps_list(args.keeps) if args.keeps else usual
     for keep in keeps:
-        check_keep(keep, teacher.top_k, teacher.num_experts)
+        check_keep(keep, teacher.top_k, teacher.num_experts, args.groups)
     groupings, scalings = resolved(GROUPINGS, args.groupings), resolved(SCALINGS, args.scalings)
     tokens = read_tokens(args.tokens, teacher.config.vocab_size)
+    require_statistics(args.statistics, args.ranking, teacher)
     layers = read_layers(args.statistics, args.gram)
     scoring, rankings = rankings_from_dict(read_json(args.ranking), layers)
     plans = [
-        make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring)
+        make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring, groups=args.groups)
         for grouping, scaling, keep in itertools.product(groupings, scalings, keeps)
     ]
-    dtype, device = pick_dtype(args.dtype, teacher.dtype), pick_device(args.device)
+    device = pick_device(args.device)
+    dtype = compute_dtype(args.dtype, teacher.dtype, device)
     rows = measure_plans(teacher, plans, tokens, args.batch, dtype, device)
     with atomic_path(args.out) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
+        table = pa.Table.from_pylist(rows)
+        about = {"teacher_fingerprint": teacher.fingerprint, "computed_on": computed_on(device)}
+        pq.write_table(table.replace_schema_metadata({"m2d": json.dumps(about)}), temporary)
     say(f"{args.out}: {len(rows)} configurations, {len({row['plan'] for row in rows})} distinct")
+
+
+def finite(value: float | None) -> float | None:
+    """None in place of what is no number, so that no table takes it for one."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def measure_plans(
@@ -154,7 +181,7 @@ def measure_plans(
     for digest, plan in progress(list(distinct.items()), "grid, students"):
         start = time.monotonic()
         sums = loaded_nll(student.become(plan), tokens, batch, device)
-        result = make_result(digest, sums, tokens)
+        result = make_result(digest, sums, tokens, dtype)
         results[digest] = (result, time.monotonic() - start)
     return [
         {
@@ -165,10 +192,11 @@ def measure_plans(
             "keep": plan.keep,
             "groups": len(plan.layers[0].groups),
             "plan": digest,
-            "perplexity": results[digest][0].perplexity,
-            "stderr": results[digest][0].stderr,
-            "nll": results[digest][0].nll,
+            "perplexity": finite(results[digest][0].perplexity),
+            "stderr": finite(results[digest][0].stderr),
+            "nll": finite(results[digest][0].nll),
             "n_tokens": results[digest][0].n_tokens,
+            "dtype": dtype_name(dtype),
             "seconds": results[digest][1],
         }
         for digest, plan in ((plan.digest(), plan) for plan in plans)

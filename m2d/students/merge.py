@@ -12,26 +12,36 @@ from typing import Any
 
 import torch
 
-from m2d import __version__
 from m2d.artifacts import atomic_path, read_json, require_absent, sha256_of
 from m2d.choose.grouping import GROUPINGS
 from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.plan import Plan, check_keep, make_plan, plan_from_dict
 from m2d.choose.ranking import rankings_from_dict
 from m2d.choose.scaling import SCALINGS
+from m2d.devices import pick_dtype
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Content, Spec, write_checkpoint
+from m2d.models.entries import Entry
+from m2d.models.fingerprint import kinship, require_teacher
 from m2d.models.folded import Folds, folds_of
 from m2d.models.hub import licence_of, revision_of
-from m2d.models.teacher import Teacher, count_parameters, open_teacher, pick_dtype
-from m2d.options import DTYPES, positive
+from m2d.models.teacher import Teacher, count_parameters, open_teacher
+from m2d.options import DTYPES, add_student_options, positive
 from m2d.progress import progress, say
-from m2d.statistics.files import read_layers
+from m2d.statistics.files import read_layers, teacher_of
 from m2d.statistics.neurons import read_neurons
-from m2d.students.card import model_card
 from m2d.students.files import WRITTEN_ANEW, copy_others
-from m2d.students.tensors import StudentTensors, build_student_skeleton, stored_shapes
-from m2d.students.widths import add_width_options, chosen_width
+from m2d.students.record import StudentRecord, write_record
+from m2d.students.same_trunk import check_trunk
+from m2d.students.spelling import both_spellings
+from m2d.students.tensors import (
+    StudentTensors,
+    build_student_skeleton,
+    carried_tensors,
+    dropped_tensors,
+    stored_shapes,
+)
+from m2d.students.widths import add_groups_option, add_width_options, chosen_width
 
 
 def plan_width(teacher: Teacher, plan: Plan) -> int:
@@ -57,25 +67,37 @@ def write_student(
     if dtype is not None:
         raw = {k: v for k, v in raw.items() if k != "torch_dtype"}
         raw["dtype"] = str(dtype).removeprefix("torch.")
+    check_trunk(teacher, raw)
+    checkpoint = Checkpoint(teacher.folder)
     tensors = StudentTensors(
         teacher.family,
-        Checkpoint(teacher.folder),
+        checkpoint,
         stored_shapes(skeleton),
         dtype,
         hub_names=True,
         folds=folds,
     )
     specs = tensors.specs(plan)
-    record = describe(teacher, plan, skeleton, raw.get("dtype", raw.get("torch_dtype")))
-    record |= provenance or {}
+    carried = carried_tensors(teacher, checkpoint)
+    specs |= {name: (entry.dtype, entry.shape) for name, entry in carried.items()}
+    dtype_name = raw.get("dtype", raw.get("torch_dtype"))
+    parts = parts_record(teacher, carried, dropped_tensors(teacher, checkpoint))
+    record = describe(teacher, plan, skeleton, dtype_name).having(**parts, **(provenance or {}))
+
+    def content(name: str) -> Content:
+        if name in carried:
+            return [carried[name]]
+        return tensors.copied(name, plan) or tensors.make(name, plan)
+
     return write_folder(
         out,
         teacher.folder,
         raw,
         specs,
-        lambda name: tensors.copied(name, plan) or tensors.make(name, plan),
+        content,
         record,
-        {"plan.json": plan.to_dict()},
+        {"plan.json": {**plan.to_dict(), "teacher_fingerprint": teacher.fingerprint}},
+        processors=bool(carried),
     )
 
 
@@ -85,13 +107,14 @@ def write_folder(
     config: dict[str, Any],
     specs: dict[str, Spec],
     make: Callable[[str], Content],
-    record: dict[str, Any],
+    record: StudentRecord,
     others: dict[str, dict[str, Any]],
+    processors: bool = False,
 ) -> Path:
     """Write a student's folder, whole or not at all: `make(name)` for every tensor of `specs`.
 
-    The tokenizer is that of the folder `source`; `record` becomes m2d.json and the model card;
-    `others` are further JSON files by name.
+    The tokenizer and the like are those of the folder `source`, with processors of images and sound
+    where asked for; `record` becomes m2d.json and the model card; `others` are further JSON files.
     """
     with atomic_path(out) as folder:
         folder.mkdir()
@@ -103,10 +126,11 @@ def write_folder(
 
         write_checkpoint(folder, specs, tensor)
         next(bar, None)
-        copy_others(source, folder, (*WRITTEN_ANEW, "plan.json"))
-        for name, value in {"config.json": config, "m2d.json": record, **others}.items():
+        copy_others(source, folder, (*WRITTEN_ANEW, "plan.json"), processors=processors)
+        config = both_spellings(config)
+        for name, value in {"config.json": config, **others}.items():
             write_into(folder, name, value)
-        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        write_record(folder, record)
     return Path(out)
 
 
@@ -118,68 +142,89 @@ def write_into(folder: Path, name: str, value: dict[str, Any]) -> None:
 
 def describe(
     teacher: Teacher, plan: Plan, skeleton: torch.nn.Module, dtype: str | None
-) -> dict[str, Any]:
+) -> StudentRecord:
     """What m2d.json says: the teacher, the student and the plan in short."""
-    return {
-        **about_teacher(teacher),
-        **about_student(teacher, skeleton),
-        "plan": {
-            "scoring": plan.scoring,
-            "grouping": plan.grouping,
-            "scaling": plan.scaling,
-            "keep": plan.keep,
-            "groups": len(plan.layers[0].groups),
-            "num_experts": teacher.num_experts,
-            "moe_layers": len(plan.layers),
-            "digest": plan.digest(),
-        },
-        "dtype": dtype,
+    short = {
+        "scoring": plan.scoring,
+        "grouping": plan.grouping,
+        "scaling": plan.scaling,
+        "keep": plan.keep,
+        "groups": len(plan.layers[0].groups),
+        "num_experts": teacher.num_experts,
+        "moe_layers": len(plan.layers),
+        "digest": plan.digest(),
     }
+    return about_models(teacher, skeleton).having(plan=short, dtype=dtype)
 
 
-def about_teacher(teacher: Teacher) -> dict[str, Any]:
-    """What every student's m2d.json says of m2d and of the teacher."""
+def parts_record(teacher: Teacher, carried: dict[str, Entry], dropped: list[str]) -> dict[str, Any]:
+    """What m2d.json says of parts besides the text model, and of what is approximated."""
+    about: dict[str, Any] = {}
+    if carried:
+        about["carried"] = sorted({".".join(name.split(".")[:2]) for name in carried})
+    if dropped:
+        about["dropped"] = dropped
+    if teacher.family.approximated:
+        about["approximated"] = teacher.family.approximated
+    return about
+
+
+def about_models(teacher: Teacher, skeleton: torch.nn.Module) -> StudentRecord:
+    """What every student's m2d.json says of the teacher and of the student."""
     about = {
         "name": teacher.name,
         "model_type": teacher.config.model_type,
         "revision": revision_of(teacher.folder),
         **licence_of(teacher.folder),
         "config_sha256": sha256_of(teacher.folder / "config.json"),
+        "fingerprint": teacher.fingerprint,
+        "kinship": kinship(teacher.folder),
     }
-    return {
-        "m2d_version": __version__,
-        "teacher": {key: value for key, value in about.items() if value is not None},
-    }
-
-
-def about_student(teacher: Teacher, skeleton: torch.nn.Module) -> dict[str, Any]:
-    """What every student's m2d.json says of the student."""
     architecture = teacher.family.student_architecture
-    return {"student": {"architecture": architecture, "parameters": count_parameters(skeleton)}}
+    return StudentRecord().having(
+        teacher={key: value for key, value in about.items() if value is not None},
+        student={"architecture": architecture, "parameters": count_parameters(skeleton)},
+    )
 
 
 def plan_from_files(
-    statistics: str, gram: str, ranking: str, grouping: str, scaling: str, keep: int
+    statistics: str,
+    gram: str,
+    ranking: str,
+    grouping: str,
+    scaling: str,
+    keep: int,
+    groups: int | None = None,
 ) -> Plan:
-    """The plan that the statistics, a ranking and three choices determine."""
+    """The plan that the statistics, a ranking and the choices determine; see `make_plan`."""
     layers = read_layers(statistics, gram)
     try:
         scoring, rankings = rankings_from_dict(read_json(ranking), layers)
     except UserError as error:
         raise UserError(f"{ranking}: {error}") from None
-    return make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring)
+    return make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring, groups=groups)
+
+
+def require_statistics(statistics: str, ranking: str, teacher: Teacher) -> None:
+    """Raise a UserError unless statistics and ranking are of this teacher's weights."""
+    content = read_json(ranking)
+    found = content.get("teacher_fingerprint") if isinstance(content, dict) else None
+    recorded = [(statistics, teacher_of(statistics)), (ranking, found)]
+    require_teacher(recorded, teacher.fingerprint, teacher.name)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id")
     parser.add_argument("out", type=Path, help="the folder to write")
-    experts = parser.add_argument_group("a student of whole experts (all six)")
+    add_student_options(parser)
+    experts = parser.add_argument_group("a student of whole experts (the first six)")
     experts.add_argument("--statistics", help="file from m2d stats")
     experts.add_argument("--gram", help="file from m2d gram")
     experts.add_argument("--ranking", help="file from m2d rank")
     experts.add_argument("--grouping", help=f"one of {', '.join(GROUPINGS.names())}")
     experts.add_argument("--scaling", help=f"one of {', '.join(SCALINGS.names())}")
     experts.add_argument("--keep", type=positive, help="experts to keep in each layer, K")
+    add_groups_option(experts)
     neurons = parser.add_argument_group("a student of single neurons")
     neurons.add_argument("--neurons", help="file from m2d neurons")
     neurons.add_argument("--choice", choices=CHOICES, help="(default: contribution)")
@@ -194,7 +239,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plan": ((), ()),
     "neurons": ((), ("choice", "width", "params", "multiple")),
-    "ranking": (("statistics", "gram", "grouping", "scaling", "keep"), ()),
+    "ranking": (("statistics", "gram", "grouping", "scaling", "keep"), ("groups",)),
 }
 
 
@@ -216,8 +261,11 @@ def plan_of(args: argparse.Namespace, teacher: Teacher) -> tuple[Plan, dict[str,
     """The plan that the options ask for, and the digests of the files that it comes from."""
     kind = check_options(args)
     if kind == "plan":
+        content = read_json(args.plan)
+        found = content.get("teacher_fingerprint") if isinstance(content, dict) else None
+        require_teacher([(args.plan, found)], teacher.fingerprint, teacher.name)
         plan = plan_from_dict(
-            read_json(args.plan),
+            content,
             num_experts=teacher.num_experts,
             expert_width=teacher.expert_width,
             layers=teacher.moe_layers,
@@ -226,6 +274,8 @@ def plan_of(args: argparse.Namespace, teacher: Teacher) -> tuple[Plan, dict[str,
     if kind == "neurons":
         width = chosen_width(teacher, args.width, args.params, args.multiple)
         layers, about = read_neurons(args.neurons)
+        found = about.get("teacher_fingerprint")
+        require_teacher([(args.neurons, found)], teacher.fingerprint, teacher.name)
         if about.get("fold_sha256") != (sha256_of(args.fold) if args.fold else None):
             raise UserError(
                 f"{args.neurons}: --fold must be the file that these neurons were chosen with, and "
@@ -237,19 +287,20 @@ def plan_of(args: argparse.Namespace, teacher: Teacher) -> tuple[Plan, dict[str,
             raise UserError(f"{args.neurons}: not made from this teacher; run m2d neurons again")
         plan = neuron_plan(layers, width, args.choice or CHOICES.default)
         return plan, {"neurons": sha256_of(args.neurons)}
-    check_keep(args.keep, teacher.top_k, teacher.num_experts)
+    check_keep(args.keep, teacher.top_k, teacher.num_experts, args.groups)
+    require_statistics(args.statistics, args.ranking, teacher)
     files = {name: getattr(args, name) for name in ("statistics", "gram", "ranking")}
     methods = {
         methods.kind: methods.resolve(getattr(args, methods.kind))
         for methods in (GROUPINGS, SCALINGS)
     }
-    plan = plan_from_files(**files, **methods, keep=args.keep)
+    plan = plan_from_files(**files, **methods, keep=args.keep, groups=args.groups)
     return plan, {name: sha256_of(file) for name, file in files.items()}
 
 
 def main(args: argparse.Namespace) -> None:
     require_absent(args.out)
-    teacher = open_teacher(args.teacher)
+    teacher = open_teacher(args.teacher, student_class=args.student_class, text_only=args.text_only)
     plan, upstream = plan_of(args, teacher)
     dtype = pick_dtype(args.dtype, teacher.dtype) if args.dtype else None
     record: dict[str, Any] = {"upstream_sha256": upstream}

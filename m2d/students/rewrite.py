@@ -3,7 +3,6 @@
 Shapes: W the student's intermediate size, H hidden size.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2d import __version__
-from m2d.artifacts import atomic_path, read_json, require_absent
+from m2d.artifacts import atomic_path, require_absent
 from m2d.models.checkpoint import Checkpoint, shard_files, write_checkpoint
 from m2d.models.entries import read_entry, read_header
 from m2d.models.families import Family
-from m2d.students.card import model_card
 from m2d.students.files import copy_others
+from m2d.students.record import read_record, write_record
 
 WRITTEN_ANEW = ("README.md", "m2d.json", "metrics.jsonl")
 
@@ -32,19 +30,37 @@ def on_disk(
     checkpoint: Checkpoint, family: Family, layer: int, parts: FeedForward
 ) -> dict[str, Tensor]:
     """The tensors by their names on disk, [out, in] or [out]; fused ones put together."""
-    if family.one_expert and checkpoint.fused:
-        stem = f"{family.layers}.{layer}.{family.experts}"
+    count = family.student_experts
+    if count and checkpoint.fused:
+        stem = f"{family.student_layers or family.layers}.{layer}.{family.experts}"
         named = {}
         for kind in ("weight", "bias"):
             suffix = "_bias" if kind == "bias" else ""
             if f"down_proj.{kind}" in parts:
-                named[f"{stem}.down_proj{suffix}"] = parts[f"down_proj.{kind}"]
+                down = parts[f"down_proj.{kind}"]
+                several = count > 1 and kind == "weight"
+                named[f"{stem}.down_proj{suffix}"] = (
+                    down.unflatten(1, (count, -1)).transpose(0, 1) if several else down
+                )
             if f"gate_proj.{kind}" in parts:
                 halves = [parts[f"gate_proj.{kind}"], parts[f"up_proj.{kind}"]]
-                both = torch.stack(halves, 1).flatten(0, 1) if family.interleaved else None
-                named[f"{stem}.gate_up_proj{suffix}"] = torch.cat(halves) if both is None else both
+                if count > 1:
+                    halves = [half.unflatten(0, (count, -1)) for half in halves]
+                axis = 1 if count > 1 else 0
+                named[f"{stem}.gate_up_proj{suffix}"] = (
+                    torch.stack(halves, axis + 1).flatten(axis, axis + 1)
+                    if family.interleaved
+                    else torch.cat(halves, dim=axis)
+                )
+    elif count > 1:
+        named = {}
+        for part, tensor in parts.items():
+            axis = 1 if part == "down_proj.weight" else 0
+            for expert, own in enumerate(tensor.chunk(count, dim=axis)):
+                stem = family.up_proj.format(layer=layer, expert=expert)
+                named[stem.removesuffix("up_proj.weight") + part] = own
     else:
-        template = family.gate_proj if family.one_expert else family.dense_gate_proj
+        template = family.gate_proj if count else family.dense_gate_proj
         stem = template.format(layer=layer, expert=0).removesuffix("gate_proj.weight")
         named = {stem + part: tensor for part, tensor in parts.items()}
     return {checkpoint.on_disk.get(name, name): tensor for name, tensor in named.items()}
@@ -52,7 +68,7 @@ def on_disk(
 
 def as_on_disk(value: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
     """A projection [out, in] or bias [out] in the form [out, in], [1, out, in] or [1, in, out]."""
-    value = value.T if transposed and value.ndim == 2 and len(shape) == 3 else value
+    value = value.mT if transposed and value.ndim >= 2 and len(shape) == 3 else value
     return value.reshape(shape).contiguous()
 
 
@@ -61,11 +77,11 @@ def rewrite_student(
     out: str | Path,
     family: Family,
     layers: Mapping[int, FeedForward],
-    record: dict[str, Any],
+    **sections: Any,
 ) -> Path:
     """Write the student's folder with these layers' tensors in place of its own.
 
-    record: new sections of m2d.json.
+    sections: new ones of m2d.json.
     """
     require_absent(out)
     checkpoint = Checkpoint(student_folder)
@@ -85,13 +101,10 @@ def rewrite_student(
 
     if unknown := set(changed) - set(entries):
         raise ValueError(f"{student_folder}: has no {', '.join(sorted(unknown))}")
-    own = student_folder / "m2d.json"
-    about = {**(read_json(own) if own.is_file() else {}), "m2d_version": __version__, **record}
+    about = read_record(student_folder / "m2d.json", absent=True).having(**sections)
     with atomic_path(out) as folder:
         folder.mkdir()
         write_checkpoint(folder, {n: (e.dtype, e.shape) for n, e in entries.items()}, tensor)
-        copy_others(student_folder, folder, WRITTEN_ANEW)
-        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-        (folder / "m2d.json").write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(model_card(about), encoding="utf-8")
+        copy_others(student_folder, folder, WRITTEN_ANEW, processors=True)
+        write_record(folder, about)
     return Path(out)

@@ -12,96 +12,69 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedModel
 
 from m2d.choose.plan import Group, LayerPlan, Plan
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.entries import Entry
-from m2d.models.families import Family, Of, dense_pattern
+from m2d.models.families import Family, dense_pattern
 from m2d.models.folded import Folds
-from m2d.models.teacher import Teacher, make_skeleton
+from m2d.models.parameters import MTP
+from m2d.models.schemes import QUANTISATION_KEYS
+from m2d.models.sibling import student_raw, student_skeleton
+from m2d.models.skeleton import in_text, text_key
+from m2d.models.teacher import Teacher
 
 # Of a teacher's config.json, never a student's: custom code, paths, how the weights were packed.
-NEVER_INHERITED = {"auto_map", "_name_or_path", "quantization_config", "transformers_version"}
+NEVER_INHERITED = {"auto_map", "_name_or_path", "transformers_version", *QUANTISATION_KEYS}
 # transformers' grouped matrix products want rows of a multiple of 16 bytes.
 ONE_EXPERT_MULTIPLE = 8
-# What differs between any two config classes.
-NOT_COMPARED = {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version"}
 
 
 def student_width(teacher: Teacher, plan_width: int) -> int:
     """W: one width for all layers, wide enough for those that were dense in the teacher.
 
-    plan_width: of the routed groups. A student with one expert keeps shared experts and dense
-    layers as they are.
+    plan_width: of the routed groups. A student with experts keeps shared experts and dense layers
+    as they are; W is then that of its experts together.
     """
-    if teacher.family.one_expert:
-        return -(-plan_width // ONE_EXPERT_MULTIPLE) * ONE_EXPERT_MULTIPLE
-    width = plan_width + teacher.shared_width
-    dense = len(teacher.moe_layers) < int(teacher.config.num_hidden_layers)
-    return max(width, int(teacher.config.intermediate_size)) if dense else width
+    count = teacher.family.student_experts
+    if count:
+        each = -(-plan_width // count)
+        if count > 1 and each <= teacher.expert_width:
+            return count * teacher.expert_width
+        return count * (-(-each // ONE_EXPERT_MULTIPLE) * ONE_EXPERT_MULTIPLE)
+    return max(plan_width + teacher.shared_width, teacher.dense_width)
 
 
 def student_config(teacher: Teacher, width: int) -> dict[str, Any]:
     """The student's config.json: the teacher's as on disk, without what only experts need."""
     family = teacher.family
-    dropped = NEVER_INHERITED | family.dropped_config_keys
-    raw = {key: value for key, value in teacher.raw_config.items() if key not in dropped}
-    changes = {
-        key: getattr(teacher.config, value.key) if isinstance(value, Of) else value
-        for key, value in family.student_config.items()
-    }
-    changes[family.width_key] = width
-    for key, value in changes.items():
-        set_key(raw, type(teacher.config), key, value)
+    raw = {k: v for k, v in teacher.raw_config.items() if k not in NEVER_INHERITED}
+    whole = teacher.skeleton.config
+    each = width // max(1, family.student_experts)
+    raw = student_raw(family, whole, raw, {family.width_key: each})
     raw["architectures"] = [family.student_architecture]
-    raw["model_type"] = family.student_model_type
-    if family.student_model_type == family.model_type:
-        return raw
-    return raw | _unlike_defaults(raw, teacher.config, {*dropped, *changes})
+    return raw
 
 
 def build_student_skeleton(
     teacher: Teacher, plan_width: int
-) -> tuple[dict[str, Any], torch.nn.Module]:
+) -> tuple[dict[str, Any], PreTrainedModel]:
     """The student's config.json and its stock class on the meta device."""
     raw = student_config(teacher, student_width(teacher, plan_width))
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    return raw, make_skeleton(config, teacher.folder)
+    return raw, student_skeleton(raw, teacher.folder)
 
 
-def set_key(raw: dict[str, Any], kind: type[PretrainedConfig], key: str, value: Any) -> None:
-    """Set a config key under the name that `raw` has for it; config classes have synonyms."""
-    synonyms = dict(getattr(kind, "attribute_map", {}))
-    real = synonyms.get(key, key)
-    names = [key, *(n for n in (real, *synonyms) if n != key and synonyms.get(n, n) == real)]
-    present = [name for name in names if name in raw]
-    for name in present[1:]:
-        del raw[name]
-    raw[present[0] if present else key] = value
-
-
-def _unlike_defaults(
-    raw: dict[str, Any], config: PretrainedConfig, own: set[str]
-) -> dict[str, Any]:
-    """What the teacher's class means by keys that `raw` lacks, where the student's differs."""
-    found = CONFIG_MAPPING[raw["model_type"]].from_dict(raw).to_dict()
-    meant = config.to_dict()
-    return {
-        key: meant[key]
-        for key in found.keys() & meant.keys() - own - NOT_COMPARED - raw.keys()
-        if found[key] != meant[key]
-    }
-
-
-def merge_gate_or_up(read: Callable[[int], Tensor], plan: LayerPlan) -> list[Tensor]:
+def merge_gate_or_up(
+    read: Callable[[int], Tensor], plan: LayerPlan, down: bool = False
+) -> list[Tensor]:
     """The groups' averages, each [group width, H]: one below the other, a gate or up projection.
 
     read(expert) gives the expert's tensor [I, H] or bias [I]. A group of one is copied exactly.
+    down: of a down projection [H, I] that is not scaled.
     """
-    return [_select(_average(read, group), group, 0) for group in plan.groups]
+    return [_select(_average(read, group), group, int(down)) for group in plan.groups]
 
 
 def merge_down(
@@ -154,6 +127,19 @@ def pad_to(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return padded
 
 
+def source_name(family: Family, name: str) -> str:
+    """Canonical name, in the teacher, of a parameter of the student outside its FFNs."""
+    ours = (family.student_layers or family.layers).removesuffix("layers")
+    theirs = family.layers.removesuffix("layers")
+    for own, other in (
+        (ours, theirs),
+        (f"{family.student_head or family.head}.", f"{family.head}."),
+    ):
+        if name.startswith(own):
+            return other + name.removeprefix(own)
+    return name
+
+
 @dataclass(frozen=True)
 class _Output:
     """A tensor of the student."""
@@ -165,6 +151,8 @@ class _Output:
     """Of an FFN: its layer."""
     part: str = ""
     """Of an FFN: gate_proj, up_proj, down_proj or gate_up_proj; .bias follows for its bias."""
+    expert: int | None = None
+    """Of an FFN in several experts, each in tensors of its own: which of them."""
 
 
 class StudentTensors:
@@ -190,40 +178,59 @@ class StudentTensors:
         self.family, self.checkpoint, self.shapes, self.dtype = family, checkpoint, shapes, dtype
         self.read = read or checkpoint.read
         self.is_feed_forward = dense_pattern(family).fullmatch
+        self.layers = family.student_layers or family.layers
         # Only a student of the teacher's own class has its repository's names.
-        renamed = hub_names and family.student_model_type == family.model_type
+        renamed = hub_names and family.student_model_type == family.teacher_text_type
+        renamed = renamed and not family.text_only
         self.outputs: dict[str, _Output] = {}
         for name, shape in shapes.items():
             for canonical, output in self._outputs(name, shape, renamed):
-                written = checkpoint.on_disk.get(canonical, canonical) if renamed else canonical
+                written = self._on_disk(canonical) if renamed else canonical
                 self.outputs[written] = output
+
+    def _on_disk(self, canonical: str) -> str:
+        """The name that the teacher's repository has, or would have, for a canonical name."""
+        if canonical in self.checkpoint.on_disk:
+            return self.checkpoint.on_disk[canonical]
+        # What lies beside it in the same layer tells how the layer is called there.
+        match = re.match(re.escape(self.layers) + r"\.\d+\.", canonical)
+        for known, written in self.checkpoint.on_disk.items() if match else ():
+            rest = known.removeprefix(match[0] if match else "")
+            if rest != known and written.endswith(f".{rest}"):
+                return written.removesuffix(rest) + canonical.removeprefix(known[: -len(rest)])
+        return canonical
 
     def _outputs(self, name: str, shape: tuple[int, ...], split: bool) -> list[tuple[str, _Output]]:
         """(canonical name, output) of a parameter; several where experts are apart on disk."""
         family = self.family
-        if not family.one_expert:
+        source = source_name(family, name)
+        if not family.student_experts:
             found = self.is_feed_forward(name)
             if found is None:
-                return [(name, _Output(name, shape))]
+                return [(name, _Output(source, shape))]
             part, _ = name.rsplit(".", 2)[1:]
-            return [(name, _Output(name, shape, _layer_of(name, family), part))]
-        path = re.escape(f"{family.layers}.") + r"\d+" + re.escape(f".{family.experts}.")
+            return [(name, _Output(source, shape, _layer_of(name, self.layers), part))]
+        path = re.escape(f"{self.layers}.") + r"\d+" + re.escape(f".{family.experts}.")
         match = re.fullmatch(
-            f"(?P<path>{path})(?P<part>gate_up_proj|down_proj)(?P<bias>_bias)?", name
+            f"(?P<path>{path})(?P<part>gate_up_proj|up_proj|down_proj)(?P<bias>_bias)?", name
         )
         if match is None:
-            return [(name, _Output(name, shape))]
-        layer = _layer_of(name, family)
+            return [(name, _Output(source, shape))]
+        layer = _layer_of(name, self.layers)
         bias = ".bias" if match["bias"] else ""
         if not split or self.checkpoint.fused:
-            return [(name, _Output(name, shape, layer, match["part"] + bias))]
-        halves = ("gate_proj", "up_proj") if match["part"] == "gate_up_proj" else ("down_proj",)
+            return [(name, _Output(source, shape, layer, match["part"] + bias))]
+        halves = ("gate_proj", "up_proj") if match["part"] == "gate_up_proj" else (match["part"],)
         own = shape[1:]
         if family.transposed and not bias:
             own = own[::-1]
         own = (own[0] // len(halves), *own[1:])
         return [
-            (f"{match['path']}0.{half}{bias or '.weight'}", _Output(name, own, layer, half + bias))
+            (
+                f"{match['path']}{index}.{half}{bias or '.weight'}",
+                _Output(source, own, layer, half + bias, index),
+            )
+            for index in range(shape[0])
             for half in halves
         ]
 
@@ -237,16 +244,16 @@ class StudentTensors:
         for name, output in self.outputs.items():
             source = output.source
             if output.layer in first:
-                part = output.part.replace("gate_up_proj", "gate_proj")
+                part = output.part.replace("gate_up_proj", "up_proj")
                 source = self._of_expert(output.layer, first[output.layer], part)
             specs[name] = (self.dtype or self.checkpoint.entry(source).dtype, output.shape)
         return specs
 
     def _of_expert(self, layer: int, expert: int, part: str) -> str:
         """Canonical name of one expert's tensor; part as in _Output, but for gate_up_proj."""
-        name = self.family.gate_proj.format(layer=layer, expert=expert)
+        name = self.family.up_proj.format(layer=layer, expert=expert)
         projection, _, kind = part.partition(".")
-        return name.removesuffix("gate_proj.weight") + f"{projection}.{kind or 'weight'}"
+        return name.removesuffix("up_proj.weight") + f"{projection}.{kind or 'weight'}"
 
     def feed_forward_names(self, layer: int) -> list[str]:
         """Names of the student's tensors that a plan makes in a layer."""
@@ -260,8 +267,10 @@ class StudentTensors:
             return self._fit(name, self._merge(layer, output))
         found = self.checkpoint.entry(output.source)
         if self._is_router(output, found.shape):
-            # One expert is chosen whatever the router says; zeros say so.
-            return torch.zeros(output.shape, dtype=self.dtype or found.dtype)
+            # All experts are taken whatever the router says, alike; zeros say so.
+            scale = output.source.endswith("scale")
+            fill = torch.ones if scale else torch.zeros
+            return fill(output.shape, dtype=self.dtype or found.dtype)
         return self._fit(name, self.read(output.source))
 
     def copied(self, name: str, plan: Plan) -> list[Entry] | None:
@@ -272,11 +281,14 @@ class StudentTensors:
         output = self.outputs[name]
         layer = next((found for found in plan.layers if found.layer == output.layer), None)
         sources = [output.source]
+        if layer is None and self._is_router(output, self.checkpoint.entry(output.source).shape):
+            return None
         if layer is not None:
             if layer.layer in self.folds and output.part.startswith("gate"):
                 return None
             alone = all(len(g.experts) == 1 and g.neurons is None for g in layer.groups)
-            if not alone or output.part not in ("gate_proj", "up_proj") or self.family.one_expert:
+            own = self.family.student_experts or self.family.scales_input
+            if not alone or output.part not in ("gate_proj", "up_proj") or own:
                 return None
             experts = [group.experts[0] for group in layer.groups]
             sources = [self._of_expert(layer.layer, expert, output.part) for expert in experts]
@@ -290,38 +302,73 @@ class StudentTensors:
         return entries if whole and rows == output.shape[0] else None
 
     def _is_router(self, output: _Output, shape: tuple[int, ...]) -> bool:
-        """Whether the teacher has a row per expert where the student has one."""
-        block = self.family.experts.rpartition(".")[0]
-        inside = f".{block}." in output.source
-        if not (self.family.one_expert and inside and len(shape) == len(output.shape)):
+        """Whether the teacher has a row per expert where the student has other experts."""
+        family = self.family
+        if not family.student_experts or output.layer is not None:
             return False
-        changed = {own for theirs, own in zip(shape, output.shape, strict=True) if theirs != own}
-        return changed == {1}
+        name = output.source.removeprefix(f"{family.layers}.").partition(".")[2]
+        block = family.experts.rpartition(".")[0]
+        own = family.router.removeprefix(f"{block}.").partition(".")[0]
+        near = name.startswith(f"{block}.{own}.".removeprefix("."))
+        if near and shape[:1] != output.shape[:1]:
+            return True
+        inside = block and name.startswith(f"{block}.") and len(shape) == len(output.shape)
+        changed = {own for theirs, own in zip(shape, output.shape, strict=False) if theirs != own}
+        if inside and changed == {family.student_experts}:
+            return True
+        # As many experts as the teacher has: its router is no longer theirs.
+        return near and shape[0] == family.student_experts
 
     def _merge(self, layer: LayerPlan, output: _Output) -> Tensor:
         """An FFN's tensor: merged groups, then shared experts, then zeros, to the shape."""
-        if not output.part.startswith("gate_up_proj"):
-            part = self._projection(layer, output.part)
-            if output.shape == (1, *part.shape) or len(output.shape) > part.dim():
-                part = pad_to(part, self._fused_shape(output.shape, part.dim()))
-                transposed = self.family.transposed and part.dim() == 2
-                return (part.T if transposed else part)[None].contiguous()
-            return part
-        width = self._fused_shape(output.shape, len(output.shape) - 1)[0] // 2
-        bias = output.part.removeprefix("gate_up_proj")
-        gate, up = (self._projection(layer, f"{half}{bias}") for half in ("gate_proj", "up_proj"))
-        gate, up = (pad_to(half, (width, *half.shape[1:])) for half in (gate, up))
-        if self.family.interleaved:
-            both = torch.stack([gate, up], dim=1).flatten(0, 1)
+        family = self.family
+        if not family.student_experts:
+            return self._projection(layer, output.part)
+        bias = "." + output.part.partition(".")[2] if "." in output.part else ""
+        part = output.part.removesuffix(bias) if bias else output.part
+        halves = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+        slices = [self._slices(layer, half, bias, output) for half in halves]
+        if output.expert is not None:
+            return slices[0][output.expert].contiguous()
+        if len(slices) == 2 and family.interleaved:
+            both = torch.stack(slices, dim=2).flatten(1, 2)
         else:
-            both = torch.cat([gate, up])
-        transposed = self.family.transposed and both.dim() == 2
-        return (both.T if transposed else both)[None].contiguous()
+            both = torch.cat(slices, dim=1)
+        return both.mT.contiguous() if family.transposed and both.dim() == 3 else both
 
-    def _fused_shape(self, shape: tuple[int, ...], dims: int) -> tuple[int, ...]:
-        """[out, in] of a fused parameter [1, ...] of one expert."""
-        own = shape[1:]
-        return own[::-1] if self.family.transposed and dims == 2 else own
+    def _slices(self, layer: LayerPlan, half: str, bias: str, output: _Output) -> Tensor:
+        """A projection cut into the student's experts: [n, w, H], down [n, H, w]; biases [n, any].
+
+        Each expert's down projection makes good for the weight that its router gives it.
+        """
+        family = self.family
+        count, weights = family.student_experts, torch.tensor(family.expert_weights).double()
+        whole = self._projection(layer, half + bias)
+        if half == "down_proj" and bias:
+            # Added once for every expert, each time its weight.
+            return (whole.double() / weights.sum()).to(whole.dtype).expand(count, -1)
+        axis = 1 if half == "down_proj" else 0
+        width = self._width_of_each(output)
+        shape = list(whole.shape)
+        shape[axis] = count * width
+        whole = pad_to(whole, tuple(shape))
+        if axis == 0:
+            return whole.unflatten(0, (count, width))
+        cut = whole.unflatten(1, (count, width)).transpose(0, 1)
+        if bool((weights == 1).all()):
+            return cut
+        return (cut.float() / weights.float()[:, None, None]).to(cut.dtype)
+
+    def _width_of_each(self, output: _Output) -> int:
+        """Intermediate size of one of the student's experts."""
+        family = self.family
+        part, _, bias = output.part.partition(".")
+        shape = list(output.shape if output.expert is not None else output.shape[1:])
+        if output.expert is None and family.transposed and len(shape) == 2:
+            shape.reverse()
+        if part == "down_proj":
+            return int(shape[1]) if not bias else 0
+        return int(shape[0]) // (2 if part == "gate_up_proj" else 1)
 
     def _projection(self, layer: LayerPlan, part: str) -> Tensor:
         """gate_proj or up_proj [width, H], down_proj [H, width], or a .bias of one."""
@@ -335,21 +382,25 @@ class StudentTensors:
                 return tensor
             return (fold.gate_bias if part.endswith("bias") else fold.gate)(expert, tensor)
 
-        weight = self.family.one_expert_weight
+        family = self.family
+        factor = 1.0 if family.student_experts else family.routed_factor
         if part == "down_proj.bias":
-            return merge_down_bias(read, layer, weight)
-        shared = (self.read(name) for name in self._shared(layer.layer, part))
-        if part == "down_proj":
-            merged = list(merge_down(read, layer, weight))
+            return merge_down_bias(read, layer, 1 / factor)
+        shared = [self.read(name) for name in self._shared(layer.layer, part)]
+        if part == "down_proj" and not family.scales_input:
+            merged = list(merge_down(read, layer, 1 / factor))
+            shared = [tensor * layer.shared_scale for tensor in shared]
         else:
-            merged = merge_gate_or_up(read, layer)
+            merged = merge_gate_or_up(read, layer, part == "down_proj")
+            if family.scales_input and part != "down_proj":
+                merged = [m * g.scale for m, g in zip(merged, layer.groups, strict=True)]
         parts = [*merged, *(tensor.to(merged[0].dtype) for tensor in shared)]
         return torch.cat(parts, dim=1 if part == "down_proj" else 0)
 
     def _shared(self, layer: int, part: str) -> list[str]:
         """Canonical names of what shared experts add to a dense student's FFN."""
         family, config = self.family, self.checkpoint.config
-        if family.one_expert:
+        if family.student_experts:
             return []
         if family.shared is not None:
             return [f"{family.layers}.{layer}.{family.shared}.{part}.weight"]
@@ -371,15 +422,49 @@ class StudentTensors:
         return tensor
 
 
-def _layer_of(name: str, family: Family) -> int:
-    return int(name.removeprefix(f"{family.layers}.").partition(".")[0])
+def carried_tensors(teacher: Teacher, checkpoint: Checkpoint) -> dict[str, Entry]:
+    """By name on disk, what a composite teacher's student takes over byte by byte.
+
+    Everything outside the text model (vision tower, projector), but for heads that predict several
+    tokens, which go with the layers that they were trained on.
+    """
+    if text_key(teacher.skeleton.config) is None or teacher.family.text_only:
+        return {}
+    of_text, family = in_text(teacher.skeleton), teacher.family
+    names = family.names.of(checkpoint.files) if family.names else {}
+    return {
+        name: entry
+        for name, entry in checkpoint.files.items()
+        if not of_text(names[name].name if name in names else name) and not MTP.search(name)
+    }
 
 
-def stored_shapes(skeleton: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a checkpoint of this model holds: tied tensors once."""
+def dropped_tensors(teacher: Teacher, checkpoint: Checkpoint) -> list[str]:
+    """What a teacher has to predict several tokens, by the beginnings of names on disk."""
+    last = re.compile(re.escape(teacher.family.layers) + r"\.(\d+)\.")
+    count = int(teacher.config.num_hidden_layers)
+    found = set()
+    for name, written in checkpoint.on_disk.items():
+        if match := MTP.search(written):
+            found.add(written[: match.end()])
+        elif (place := last.match(name)) and int(place[1]) >= count:
+            found.add(place[0])
+    return sorted(found)
+
+
+def _layer_of(name: str, layers: str) -> int:
+    return int(name.removeprefix(f"{layers}.").partition(".")[0])
+
+
+def stored_shapes(skeleton: PreTrainedModel, whole: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a checkpoint of this model holds: tied tensors once.
+
+    whole: of a composite model, with what is not of its text model.
+    """
+    of_text = (lambda _: True) if whole else in_text(skeleton)
     tied = set(getattr(skeleton, "all_tied_weights_keys", {}) or {})
     return {
         name: tuple(tensor.shape)
         for name, tensor in skeleton.state_dict().items()
-        if name not in tied
+        if name not in tied and of_text(name)
     }

@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+from typing import Any
 
 from m2d.choose.neurons import check_width
 from m2d.errors import UserError
@@ -32,7 +33,7 @@ def parameters_of(teacher: Teacher, width: int) -> int:
 
 def appended_width(teacher: Teacher) -> int:
     """What the student's FFN has beside the neurons that are chosen: shared experts, if any."""
-    return 0 if teacher.family.one_expert else teacher.shared_width
+    return teacher.shared_width
 
 
 def width_for(teacher: Teacher, parameters: int, multiple: int = MULTIPLE) -> int:
@@ -92,6 +93,16 @@ def chosen_width(
             f"{math.gcd(width + shared, multiple)}"
         )
     return width
+
+
+def add_groups_option(parser: Any) -> None:
+    """--groups, of a parser or group of argparse."""
+    parser.add_argument(
+        "--groups",
+        type=positive,
+        metavar="N",
+        help="the student's width in experts: the kept ones are merged into N (the router's top-k)",
+    )
 
 
 def add_width_options(parser: argparse._ActionsContainer) -> None:

@@ -1,0 +1,168 @@
+"""Whether a student computes what its teacher computes outside the feed-forward networks.
+
+Only FFNs are converted; embeddings, attention, norms and head are copied. Their weights are the
+same bytes, but the student's class reads another config.json: tying, sliding windows, rotary
+embeddings, multipliers and whatever a class derives from its keys must come out alike. So both
+classes run on a few tokens with FFNs that give zero, layer by layer, before anything is written.
+"""
+
+import copy
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from m2d.errors import UserError
+from m2d.models.checkpoint import Checkpoint, require_finite
+from m2d.models.families import Family
+from m2d.models.skeleton import (
+    are_experts,
+    decoder_of,
+    layers_of,
+    layers_path,
+    make_skeleton,
+    text_paths,
+)
+from m2d.models.stream import _drop, _Tap
+from m2d.models.teacher import RETURNS, Teacher
+from m2d.students.tensors import source_name
+
+TOKENS = 24
+WINDOW = 8  # sliding windows are shortened to it, so that few tokens show them
+TOLERANCE = 1e-4
+
+
+class _NoExperts(nn.Module):
+    """Stands where the experts stood, and gives zeros."""
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros_like(hidden)
+
+
+@torch.no_grad()
+def check_trunk(teacher: Teacher, student_config: dict[str, Any]) -> None:
+    """Raise a UserError where a student of that config.json is another model outside its FFNs."""
+    student = CONFIG_MAPPING[student_config["model_type"]].from_dict(dict(student_config))
+    configs = [copy.deepcopy(teacher.skeleton.config), student]
+    for key, value in RETURNS.items():
+        setattr(student.get_text_config(), key, value)
+    _shorten_windows(configs)
+    read = Checkpoint(teacher.folder).read
+    vocabulary = int(teacher.config.vocab_size)
+    ids = (torch.arange(1, TOKENS + 1) * 7919 % vocabulary)[None]
+    family = teacher.family
+    ours_of = partial(source_name, family)
+    theirs = _Trunk(configs[0], teacher, read, ids)
+    ours = _Trunk(configs[1], teacher, lambda name: read(ours_of(name)), ids)
+    _compare(theirs.hidden, ours.hidden, teacher, "embeddings")
+    for index in range(len(theirs.layers)):
+        _compare(theirs.step(index), ours.step(index), teacher, f"attention of layer {index}")
+    _compare(theirs.logits(), ours.logits(), teacher, "output head")
+
+
+def _compare(theirs: Tensor, ours: Tensor, teacher: Teacher, what: str) -> None:
+    difference = float((theirs - ours).abs().max() / theirs.abs().max().clamp(min=1e-30))
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{teacher.folder}: the {what} of a {teacher.family.student_architecture} with this "
+            f"config.json would compute something else (relative difference {difference:.2g}); "
+            "the student is not written"
+        )
+
+
+def _shorten_windows(configs: list[PretrainedConfig]) -> None:
+    """Make long sliding windows short, different ones to different lengths."""
+    lengths: dict[int, int] = {}
+    for config in configs:
+        text = config.get_text_config()
+        window = getattr(text, "sliding_window", None)
+        if isinstance(window, int) and window > WINDOW:
+            text.sliding_window = lengths.setdefault(window, WINDOW - len(lengths))
+
+
+class _Trunk:
+    """A stock class without its FFNs, run layer by layer in float32."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        teacher: Teacher,
+        read: Callable[[str], Tensor],
+        ids: Tensor,
+    ):
+        self.read, self.ids, self.family = read, ids, teacher.family
+        config.dtype = torch.float32
+        self.model = make_skeleton(config, teacher.folder)
+        self.layers = list(layers_of(self.model))
+        self.prefix = f"{layers_path(self.model)}."
+        taps = [_Tap(layer) for layer in self.layers]
+        self.taps = taps
+        decoder_of(self.model).layers = nn.ModuleList(taps)
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        for path in text_paths(self.model):
+            prefix = f"{path}." if path else ""
+            part = self.model.get_submodule(path)
+            self._fill(part, prefix, {n.removeprefix(prefix) for n in tied}.__contains__)
+        self.model.tie_weights()
+        self.model(ids, use_cache=False, logits_to_keep=1)
+        assert taps[0].hidden is not None
+        self.hidden: Tensor = taps[0].hidden
+        self.calls = [tap.call for tap in taps]
+
+    def _fill(self, module: nn.Module, prefix: str, skip: Callable[[str], bool]) -> None:
+        """Give a module its weights; zeros where `skip` says so, which take no memory."""
+        for name, parameter in list(module.named_parameters()):
+            if skip(name):
+                value = torch.zeros(1).expand(parameter.shape)
+            else:
+                value = self.read(prefix + name).float()
+                require_finite(value, prefix + name)
+                if value.shape != parameter.shape:
+                    raise UserError(
+                        f"{prefix}{name} is {list(value.shape)}, but the student's config implies "
+                        f"{list(parameter.shape)}"
+                    )
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+
+    def step(self, index: int) -> Tensor:
+        """The hidden states [1, T, H] after a layer whose FFN gives zero."""
+        layer = self.layers[index]
+        inside = feed_forward_paths(self.family, layer)
+        for path, module in list(layer.named_modules()):
+            if path and are_experts(module):
+                layer.set_submodule(path, _NoExperts())
+        self._fill(layer, f"{self.prefix}{index}.", lambda name: name.startswith(inside))
+        output = layer(self.hidden, **self.calls[index])
+        self.hidden = output[0] if isinstance(output, tuple) else output
+        _drop(layer)
+        return self.hidden
+
+    def logits(self) -> Tensor:
+        """The logits [1, T, V] of the last hidden states."""
+        self.taps[-1].replay = self.hidden
+        return self.model(self.ids, use_cache=False).logits
+
+
+def feed_forward_paths(family: Family, layer: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of a layer's parameters that belong to its FFN, in either model.
+
+    In hybrids the mixer of a layer is an FFN or something else.
+    """
+    block = family.experts.rpartition(".")[0]
+    paths = [path for path in (block, family.dense, family.shared) if path]
+    names = [name for name, _ in layer.named_parameters()]
+
+    def is_ffn(path: str) -> bool:
+        own = [name.removeprefix(f"{path}.") for name in names if name.startswith(f"{path}.")]
+        return any(re.match(r"(experts\.|shared|gate$|(gate_)?up_proj|w1)", name) for name in own)
+
+    kept = [path for path in paths if is_ffn(path)]
+    if not block:
+        kept.append(family.router.partition(".")[0])  # its rows are of the experts' number
+    return tuple(f"{path}." for path in kept)
