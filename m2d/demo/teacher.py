@@ -36,6 +36,8 @@ VOCABULARY = 4096
 SEQUENCE = 512  # T
 BATCH = 16  # B
 END_OF_TEXT = "<|endoftext|>"
+# What a chat is to a model that has seen documentation alone: text, and it goes on.
+CHAT_TEMPLATE = r"{% for message in messages %}{{ message['content'] + '\n\n' }}{% endfor %}"
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
@@ -56,6 +58,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int = VOCABULARY) -> PreTr
         bos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -38,6 +38,10 @@ def liger_loss(
     """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
+    if divergence not in BETAS:
+        raise UserError(
+            f"--loss-implementation liger: knows no {divergence}; it has {', '.join(BETAS)}"
+        )
     if student_head.softcap is not None or teacher_head.softcap is not None:
         raise UserError(
             "--loss-implementation liger: does not know this model's soft cap of logits"

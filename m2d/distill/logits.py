@@ -10,6 +10,8 @@ same shape (-inf fills up). A shard appears whole or not at all, so jobs can sha
 stopped: what is there is not made again.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m2d.artifacts import atomic_path, read_json, sha256_of, write_json
+from m2d.artifacts import atomic_path, read_json, reading, sha256_of, write_json
 from m2d.distill.loss import Head
 from m2d.errors import UserError
+from m2d.models.entries import read_header
+from m2d.sealed import digest_of
 
 KINDS = ("top", "sampled")
 
@@ -85,13 +89,62 @@ def write_index(folder: Path, index: dict[str, Any]) -> None:
         )
 
 
-def write_shard(path: Path, ids: Tensor, log_p: Tensor, vocabulary: int) -> None:
-    """Write ids and log_p, [rows, length, n]."""
-    small = torch.uint16 if vocabulary <= 2**16 else torch.int32
-    with atomic_path(path) as temporary:
-        save_file(
-            {"ids": ids.to(small).contiguous(), "log_p": log_p.half().contiguous()}, temporary
+def write_shard(
+    path: Path, ids: Tensor, log_p: Tensor, vocabulary: int, index: dict[str, Any]
+) -> None:
+    """Write ids and log_p, [rows, length, n], marked as a shard of that index.
+
+    Raises UserError where a log-probability is NaN; -inf fills up.
+    """
+    if bool(log_p.isnan().any()):
+        raise UserError(
+            f"{path}: the teacher's logits are not finite, so nothing is written; do its weights "
+            "and --dtype go together?"
         )
+    small = torch.uint16 if vocabulary <= 2**16 else torch.int32
+    tensors = {"ids": ids.to(small).contiguous(), "log_p": log_p.half().contiguous()}
+    digest = digest_of({name: tensor.numpy() for name, tensor in tensors.items()})
+    marks = {"shard": path.stem, "index_sha256": index_digest(index), "sha256": digest}
+    with atomic_path(path) as temporary:
+        # One key: safetensors writes several in any order, and a file's bytes should be its own.
+        save_file(tensors, temporary, {"m2d": json.dumps(marks)})
+
+
+def marks_of(path: Path) -> dict[str, Any]:
+    """What a shard says of itself: shard, index_sha256, sha256; empty where it says nothing."""
+    with reading(path, "a shard of m2d teacher-logits"):
+        marks = json.loads(read_header(path)[1].get("m2d", "{}"))
+        if not isinstance(marks, dict):
+            raise ValueError("its metadata is no mapping")
+    return marks
+
+
+def index_digest(index: dict[str, Any]) -> str:
+    """Of what the shards of a folder have in common."""
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """index.json of a folder of outputs. Raises UserError where it is none."""
+    file = folder / "index.json"
+    index = read_json(file)
+    with reading(file, "an index of m2d teacher-logits"):
+        for key in ("size", "vocabulary", "sequences", "length", "rows_of_shard"):
+            if type(index[key]) is not int or not 1 <= index[key] < 2**40:
+                raise ValueError(f"{key} is {str(index[key])[:40]!r}, and must be a whole number")
+        if index["kind"] not in KINDS or not isinstance(index["tokens_sha256"], str):
+            raise ValueError("its kind or its tokens_sha256 makes no sense")
+    return index
+
+
+def check_shard(path: Path, index: dict[str, Any], rows: int) -> None:
+    """Raise a UserError unless the header of a shard is of `rows` rows of these outputs."""
+    shape = [rows, index["length"], index["size"]]
+    with reading(path, "a shard of m2d teacher-logits"), safe_open(path, "np") as file:
+        for key, kinds in (("ids", ("U16", "I32")), ("log_p", ("F16",))):
+            part = file.get_slice(key)
+            if list(part.get_shape()) != shape or part.get_dtype() not in kinds:
+                raise ValueError(f"{key} is {part.get_dtype()} {part.get_shape()}, not {shape}")
 
 
 class StoredLogits:
@@ -107,14 +160,14 @@ class StoredLogits:
         of_teacher = of_teacher or vocabulary
         self.vocabulary = vocabulary
         self.folder = Path(folder)
-        self.index = read_json(self.folder / "index.json")
+        self.index = read_index(self.folder)
         if self.index["vocabulary"] != of_teacher:
             raise UserError(
                 f"{folder}: of a vocabulary of {self.index['vocabulary']} tokens, not {of_teacher}"
             )
         if self.index["tokens_sha256"] != sha256_of(tokens):
             raise UserError(f"{folder}: was not made on {tokens}; make it with m2d teacher-logits")
-        self.rows_of_shard = int(self.index["rows_of_shard"])
+        self.rows_of_shard = self.index["rows_of_shard"]
         shards = [n for n, _ in shard_rows(self.index["sequences"], self.rows_of_shard)]
         missing = [n for n in shards if not shard_path(self.folder, n).is_file()]
         if missing:
@@ -122,16 +175,37 @@ class StoredLogits:
                 f"{folder}: {len(missing)} of {len(shards)} shards are missing, the first is "
                 f"{shard_path(self.folder, missing[0]).name}; run m2d teacher-logits to the end"
             )
+        for number, rows in shard_rows(self.index["sequences"], self.rows_of_shard):
+            check_shard(shard_path(self.folder, number), self.index, len(rows))
+        expected = index_digest(self.index)
+        for number in shards:
+            file = shard_path(self.folder, number)
+            marks = marks_of(file)
+            if (marks.get("shard"), marks.get("index_sha256")) != (file.stem, expected):
+                raise UserError(
+                    f"{file}: is a shard of other outputs, or another of these; remove it, and run "
+                    "m2d teacher-logits again"
+                )
         self._open: dict[int, Any] = {}
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         """ids int64 and probabilities float32, [length, n], of a row of the token file."""
         shard, place = divmod(row, self.rows_of_shard)
-        if shard not in self._open:
-            self._open[shard] = safe_open(shard_path(self.folder, shard), "np")
-        file = self._open[shard]
-        ids, log_p = (file.get_slice(key)[place : place + 1][0] for key in ("ids", "log_p"))
-        p = np.exp(log_p.astype(np.float32))
+        path = shard_path(self.folder, shard)
+        with reading(path, "a shard of m2d teacher-logits"):
+            if shard not in self._open:
+                self._open[shard] = safe_open(path, "np")
+            file = self._open[shard]
+            ids, log_p = (file.get_slice(key)[place : place + 1][0] for key in ("ids", "log_p"))
+            shape = (self.index["length"], self.index["size"])
+            if ids.shape != shape or log_p.shape != shape:
+                raise ValueError(f"it holds {ids.shape} and {log_p.shape} a sequence, not {shape}")
+            ids, log_p = ids.astype(np.int64), log_p.astype(np.float32)
+            if ids.min() < 0 or ids.max() >= self.index["vocabulary"]:
+                raise ValueError("a token id is outside the vocabulary")
+            if not (log_p <= 0).all():  # also false for NaN
+                raise ValueError("a log-probability is above 0 or NaN")
+        p = np.exp(log_p)
         if self.vocabulary < self.index["vocabulary"]:
             # What the student does not have: padding, on which a teacher puts next to nothing.
             outside = ids >= self.vocabulary

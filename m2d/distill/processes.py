@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from m2d.models.teacher import pick_device
+from m2d.devices import pick_device
 
 
 def start_processes(strategy: str, device: str | None) -> tuple[str, torch.device]:
@@ -47,7 +47,7 @@ def zero(backend: str) -> None:
     """
     import deepspeed
 
-    if "WORLD_SIZE" not in os.environ:  # DeepSpeed wants a group also for one process
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # DeepSpeed wants a group also for one process
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         for key, value in {**alone, "MASTER_PORT": str(free_port())}.items():
             os.environ.setdefault(key, value)

@@ -2,31 +2,33 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from m2d import __version__
 from m2d.artifacts import atomic_path, read_json, sha256_of
 from m2d.distill.trainer import Recipe
+from m2d.models.fingerprint import fingerprint
 from m2d.models.hub import licence_of, revision_of
+from m2d.models.schemes import QUANTISATION_KEYS
 from m2d.models.teacher import count_parameters, make_skeleton
-from m2d.students.card import model_card
 from m2d.students.files import copy_others
+from m2d.students.merge import write_into
+from m2d.students.record import StudentRecord, read_record, write_record
+from m2d.tokens.files import open_tokens
 
 
 def identity(recipe: Recipe, student: Path, teacher: Path, tokens: Path) -> dict[str, Any]:
     """What must be the same for a checkpoint to be gone on from; JSON values only.
 
-    Student and tokens by content. The teacher, which may be tens of gigabytes, by its config's
-    content and its weights' names, sizes and times.
+    Student and tokens by content; the teacher, which may be tens of gigabytes, by its fingerprint.
     """
-    stats = {file.name: file.stat() for file in weight_files(teacher)}
     return {
         "recipe": recipe.model_dump(),
         "tokens_sha256": sha256_of(tokens),
@@ -34,7 +36,7 @@ def identity(recipe: Recipe, student: Path, teacher: Path, tokens: Path) -> dict
             file.name: sha256_of(file) for file in [student / "config.json", *weight_files(student)]
         },
         "teacher_config_sha256": sha256_of(teacher / "config.json"),
-        "teacher_files": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()},
+        "teacher_fingerprint": fingerprint(teacher),
         "m2d_version": __version__,
     }
 
@@ -55,8 +57,9 @@ def work_folder(out: Path, run: dict[str, Any]) -> Path:
 
 def other_work(out: Path, work: Path) -> list[Path]:
     """Work folders that runs with other arguments left beside `out`."""
-    found = out.parent.glob(f".{out.name}.checkpoints-*") if out.parent.is_dir() else []
-    return [folder for folder in found if folder != work]
+    name = re.compile(re.escape(f".{out.name}.checkpoints-") + "[0-9a-f]{12}")
+    found = out.parent.iterdir() if out.parent.is_dir() else []
+    return [f for f in found if name.fullmatch(f.name) and f != work and not f.is_symlink()]
 
 
 def record_of(
@@ -67,27 +70,33 @@ def record_of(
     recipe: Recipe,
     run: dict,
     tokens: Path,
-) -> dict[str, Any]:
+) -> StudentRecord:
     """m2d.json of the distilled folder: the student's own record and how it was distilled."""
-    own = student / "m2d.json"
-    record: dict[str, Any] = read_json(own) if own.is_file() else {}
-    if "teacher" not in record:
+    record = read_record(student / "m2d.json", absent=True)
+    if "teacher" not in record.model_fields_set:
         about = {"name": teacher_name, "model_type": teacher_config.model_type}
         revision = revision_of(teacher)
         about |= {"revision": revision} if revision else {}
-        record["teacher"] = {**about, **licence_of(teacher)}
-    with safe_open(tokens, "np") as file:
-        metadata = file.metadata() or {}
-        length = file.get_slice("input_ids").get_shape()[1]
+        record = record.having(teacher={**about, **licence_of(teacher)})
+    found = open_tokens(tokens)
     distillation = {
-        "source": metadata.get("source"),
-        "tokens": recipe.steps * recipe.batch * length,
-        "length": length,
+        "source": found.notes.get("source"),
+        "tokens": recipe.steps * recipe.batch * found.length,
+        "length": found.length,
         "teacher": teacher_name,
         **recipe.model_dump(),
         **{k: v for k, v in run.items() if k.endswith("_sha256") or k == "teacher_logits"},
     }
-    return {**record, "m2d_version": __version__, "distillation": distillation}
+    return record.having(distillation=distillation)
+
+
+def unpacked_config(student: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """A student's config.json for weights in `dtype`, which are not quantised any more."""
+    raw = read_json(student / "config.json")
+    kept = {key: value for key, value in raw.items() if key not in QUANTISATION_KEYS}
+    named = str(dtype).removeprefix("torch.")
+    own = raw.get("dtype", raw.get("torch_dtype"))
+    return kept if own == named else {**kept, "dtype": named, "torch_dtype": named}
 
 
 def save_result(
@@ -97,7 +106,7 @@ def save_result(
     weights: dict[str, Tensor],
     dtype: torch.dtype,
     metrics: Path,
-    record: dict[str, Any],
+    record: StudentRecord,
 ) -> None:
     """Write the distilled student as a stock model folder, whole or not at all.
 
@@ -107,14 +116,14 @@ def save_result(
     cast = {name: weight.detach().to("cpu", dtype) for name, weight in weights.items()}
     fresh.load_state_dict(cast, assign=True)
     fresh.tie_weights()
-    record.setdefault(
-        "student", {"architecture": type(fresh).__name__, "parameters": count_parameters(fresh)}
-    )
-    record["dtype"] = str(dtype).removeprefix("torch.")
+    model = {"architecture": type(fresh).__name__, "parameters": count_parameters(fresh)}
+    known = {} if "student" in record.model_fields_set else {"student": model}
+    record = record.having(**known, dtype=str(dtype).removeprefix("torch."))
     with atomic_path(out) as folder:
         fresh.save_pretrained(folder)
-        copy_others(student, folder)
+        # The config stays as it was: in transformers' own spelling other programs misread it.
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        write_into(folder, "config.json", unpacked_config(student, dtype))
+        copy_others(student, folder, processors=True)
         shutil.copyfile(metrics, folder / "metrics.jsonl")
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        (folder / "m2d.json").write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        write_record(folder, record)

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from m2d.artifacts import require_absent, write_json
+from m2d.artifacts import make_own_folder, require_absent, write_json
 from m2d.distill.loading import device_map
 from m2d.distill.settings import DistillSettings
 from m2d.errors import UserError
+from m2d.options import AUTO
 from m2d.progress import say
 from m2d.settings import NotNegative, add_option, number_of
 
@@ -70,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="from m2d teacher-logits, in place of running the teacher",
     )
+    groups["loss"].add_argument(
+        "--any-teacher",
+        action="store_true",
+        help="also one that the student was not made from, such as a newer one of the same shape",
+    )
     groups["compute"].add_argument(
         "--teacher-device-map",
         type=device_map,
@@ -95,8 +101,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--tensorboard", type=Path, help="folder for TensorBoard's event files")
 
 
-def make_recipe(args: argparse.Namespace, strategy: str, sequences: int) -> Any:
-    """The recipe of the command line; `sequences` are those of the token file."""
+def make_recipe(
+    args: argparse.Namespace,
+    strategy: str,
+    sequences: int,
+    precision: str,
+    teacher_dtype: str,
+) -> Any:
+    """The recipe of the command line; `sequences` are those of the token file.
+
+    precision and teacher_dtype: what `auto` stands for on this device.
+    """
     from m2d.distill.trainer import Recipe
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -130,8 +145,19 @@ def make_recipe(args: argparse.Namespace, strategy: str, sequences: int) -> Any:
         "decay_steps": decay,
         "strategy": strategy,
         "processes": processes,
+        "precision": precision,
+        "teacher_dtype": teacher_dtype,
     }
     return Recipe(**(given | worked_out))
+
+
+def precision_on(asked: str, device: Any) -> str:
+    """bf16 or fp32: as asked, or what this device is fast in."""
+    import torch
+
+    from m2d.devices import multiplies_fast
+
+    return asked if asked != AUTO else "bf16" if multiplies_fast(torch.bfloat16, device) else "fp32"
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -163,7 +189,7 @@ def open_outputs(args: argparse.Namespace, vocabulary: int, of_teacher: int) -> 
         return None
     if args.loss != "forward_kl" or args.temperature != 1 or args.cross_entropy_weight:
         raise UserError("--teacher-logits: goes with --loss forward_kl at temperature 1 alone")
-    if args.teacher_top_k or args.teacher_dtype:
+    if args.teacher_top_k or args.teacher_dtype != AUTO:
         raise UserError(
             "--teacher-logits: the teacher's top-k and dtype were chosen in m2d teacher-logits; "
             "leave --teacher-top-k and --teacher-dtype away"
@@ -185,11 +211,13 @@ def run(args: argparse.Namespace) -> None:
     end = float("inf") if args.stop_after is None else time.monotonic() + 60 * args.stop_after
     import torch
 
+    from m2d.devices import compute_dtype, dtype_name
     from m2d.distill.loading import expand_routing
     from m2d.distill.processes import broadcast, start_processes
+    from m2d.models.fingerprint import fingerprint, kinship, require_teacher, teacher_in
     from m2d.models.hub import name_of
-    from m2d.models.load import load_model
-    from m2d.models.teacher import dtype_of, locate, pick_dtype, quiet, read_config
+    from m2d.models.load import check_model, load_model
+    from m2d.models.teacher import dtype_of, locate, quiet, read_config
     from m2d.tokens.dataset import PackedTokens
     from m2d.tokens.tokenizers import require_same_tokens
 
@@ -198,6 +226,12 @@ def run(args: argparse.Namespace) -> None:
     student_folder, teacher_folder = locate(args.student), locate(args.teacher)
     _, student_config = read_config(student_folder)
     _, teacher_config = read_config(teacher_folder)
+    teacher_fingerprint = fingerprint(teacher_folder)
+    if teacher_fingerprint is not None:
+        check_model(teacher_folder, teacher_config)
+    if not args.any_teacher:  # the same one in another format will do
+        recorded = [(str(args.student), teacher_in(student_folder, "kinship"))]
+        require_teacher(recorded, kinship(teacher_folder), f"{args.teacher} (or --any-teacher)")
     vocabularies = [c.get_text_config().vocab_size for c in (student_config, teacher_config)]
     vocabulary = min(vocabularies)  # both are padded, and not always alike
     same = require_same_tokens(student_folder, teacher_folder)
@@ -210,38 +244,52 @@ def run(args: argparse.Namespace) -> None:
         expand_routing(teacher_config, args.teacher_top_k, teacher_folder)
     tokens = PackedTokens(args.tokens, args.seed)
     stored = open_outputs(args, vocabulary, vocabularies[1])
+    if stored is not None:
+        recorded = [(str(args.teacher_logits), stored.index.get("teacher_fingerprint"))]
+        require_teacher(recorded, teacher_fingerprint, str(args.teacher))
     strategy, device = start_processes(args.strategy, args.device)
-    recipe = make_recipe(args, strategy, tokens.sequences)
+    # Loading changes the dtypes of the configs.
+    own_dtype = dtype_of(student_config, student_folder)
+    stored_in = dtype_of(teacher_config, teacher_folder)
+    computed_in = broadcast(
+        lambda: compute_dtype(args.teacher_dtype, stored_in, device) if stored is None else None
+    )
+    precision = broadcast(lambda: precision_on(args.precision, device))
+    teacher_dtype = dtype_name(computed_in) if computed_in else AUTO
+    recipe = make_recipe(args, strategy, tokens.sequences, precision, teacher_dtype)
     tokens.items = recipe.steps * recipe.batch
     first = os.environ.get("RANK", "0") == "0"
     if first:
         tokens.check_vocabulary(vocabulary)
 
     from m2d.distill import result, trainer, watch
+    from m2d.distill.checkpoints import newest_sound
+    from m2d.students.files import check_others
+    from m2d.students.record import read_record
 
+    if first:  # what the result is made of is read before the work, not after
+        read_record(student_folder / "m2d.json", absent=True)
+        check_others(student_folder)
     identity = broadcast(
         lambda: result.identity(recipe, student_folder, teacher_folder, args.tokens)
     )
-    own_dtype = dtype_of(student_config, student_folder)  # loading changes the config's
     if stored is not None:
         identity["teacher_logits"] = stored.index
     work = result.work_folder(args.out, identity)
     sample = tokens[0]["input_ids"][None, :16]
     teacher: Any = stored
     if stored is None:
-        dtype = pick_dtype(args.teacher_dtype, dtype_of(teacher_config, teacher_folder))
-        teacher = load_model(
-            teacher_folder, teacher_config, dtype, args.teacher_device_map or device
-        )
+        where = args.teacher_device_map or device
+        teacher = load_model(teacher_folder, teacher_config, computed_in, where, narrow=True)
         trainer.check_head(teacher, sample, args.teacher)
     student = load_model(student_folder, student_config, torch.float32, device)
     trainer.check_head(student, sample, str(args.student))
 
-    checkpoints = trainer.checkpoints_in(work) if work.is_dir() else []
+    newest = broadcast(lambda: newest_sound(work))
     if first:
-        work.mkdir(parents=True, exist_ok=True)
+        make_own_folder(work)
         write_json(work / "run.json", identity)
-        announce(args, recipe, tokens.length, work, checkpoints, result.other_work(args.out, work))
+        announce(args, recipe, tokens.length, work, newest, result.other_work(args.out, work))
     with watch.StopRequest() as stop, quiet():
         watcher = watch.Watch(
             work / "metrics.jsonl",
@@ -254,7 +302,12 @@ def run(args: argparse.Namespace) -> None:
         training = trainer.make_trainer(
             student, teacher, tokens, recipe, work, [watcher], vocabulary
         )
-        training.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        try:
+            training.train(resume_from_checkpoint=str(newest) if newest else None)
+        except UserError:
+            if first and not trainer.checkpoints_in(work):
+                shutil.rmtree(work)  # nothing to go on from
+            raise
         if watcher.stopped:
             if first:
                 say(
@@ -290,17 +343,18 @@ def announce(
     recipe: Any,
     length: int,
     work: Path,
-    checkpoints: list[Path],
+    newest: Path | None,
     others: list[Path],
 ) -> None:
     """Say what will be done, and whether it begins or goes on."""
     say(
         f"distill: {recipe.steps} steps of {recipe.batch} x {length} tokens "
         f"({recipe.strategy}, {recipe.processes} process{'es' * (recipe.processes > 1)}, "
-        f"accumulation {recipe.accumulation}, {recipe.precision})"
+        f"accumulation {recipe.accumulation}, {recipe.precision}"
+        f"{'' if args.teacher_logits else f', teacher in {recipe.teacher_dtype}'})"
     )
-    if checkpoints:
-        say(f"distill: going on from {checkpoints[-1].name} in {work}")
+    if newest:
+        say(f"distill: going on from {newest.name} in {work}")
     elif others:
         say(
             f"distill: beginning anew; {others[0]} is of a run with other arguments, and goes "

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from m2d.distill.divergences import DIVERGENCES
 from m2d.distill.optimizers import OPTIMIZERS
 from m2d.settings import (
+    ComputeDtype,
     Count,
-    Dtype,
     Integer,
     MethodOf,
     NotNegative,
@@ -52,10 +52,11 @@ class DistillSettings(Section):
     """Share of the next-token loss."""
     teacher_top_k: Count | None = None
     """Experts per token in the teacher (expanded routing); its own if left out."""
-    teacher_dtype: Dtype | None = None
-    """Of the teacher; the checkpoint's if left out."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the student's steps."""
+    teacher_dtype: ComputeDtype = "auto"
+    """Of the teacher's products; auto: the checkpoint's where the device is fast in it, else
+    float32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the student's steps; auto: bf16 where the device is fast in it, else fp32."""
     strategy: Literal["auto", "ddp", "zero2", "zero3"] = "auto"
     """With several processes; auto is DeepSpeed ZeRO-2."""
     gradient_checkpointing: bool = False

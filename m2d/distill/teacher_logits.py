@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from m2d.artifacts import sha256_of
+from m2d.claims import sweep
+from m2d.devices import announce, compute_dtype, dtype_name, pick_device
 from m2d.distill.loading import device_map, expand_routing
 from m2d.distill.logits import (
     KINDS,
@@ -23,8 +25,9 @@ from m2d.distill.logits import (
     write_shard,
 )
 from m2d.errors import UserError
+from m2d.models.fingerprint import fingerprint
 from m2d.models.hub import name_of
-from m2d.models.teacher import dtype_of, locate, pick_device, pick_dtype, read_config
+from m2d.models.teacher import dtype_of, locate, read_config
 from m2d.options import add_compute_options, positive
 from m2d.progress import progress, say
 from m2d.tokens.dataset import PackedTokens
@@ -69,6 +72,8 @@ def main(args: argparse.Namespace) -> None:
         expand_routing(config, args.teacher_top_k, folder)
     tokens = PackedTokens(args.tokens, seed=0)
     tokens.check_vocabulary(vocabulary)
+    own, device = dtype_of(config, folder), pick_device(args.device)
+    dtype = compute_dtype(args.dtype, own, device)
     index: dict[str, Any] = {
         "format": 1,
         "kind": args.kind,
@@ -76,22 +81,23 @@ def main(args: argparse.Namespace) -> None:
         "seed": args.seed if args.kind == "sampled" else None,
         "teacher": Path(name_of(args.teacher)).name,
         "teacher_config_sha256": sha256_of(folder / "config.json"),
+        "teacher_fingerprint": fingerprint(folder),
         "teacher_top_k": args.teacher_top_k,
         "tokens_sha256": sha256_of(args.tokens),
         "vocabulary": vocabulary,
         "sequences": tokens.sequences,
         "length": tokens.length,
         "rows_of_shard": args.rows,
+        "dtype": dtype_name(dtype),
     }
     write_index(args.out, index)
-    own = dtype_of(config, folder)
-    device = pick_device(args.device)
     first, step = args.part
     mine = list(shard_rows(tokens.sequences, args.rows))[first::step]
     missing = [item for item in mine if not shard_path(args.out, item[0]).exists()]
     if missing:
         where = args.device_map or device
-        model = load_model(folder, config, pick_dtype(args.dtype, own), where).eval()
+        announce(args.teacher, own, dtype, device)
+        model = load_model(folder, config, dtype, where, narrow=True)
         head = head_of(model).to(device)
         stored = tokens.rows()
         check_head(model, torch.from_numpy(stored[0:1].astype("int64"))[:, :16], args.teacher)
@@ -106,5 +112,6 @@ def main(args: argparse.Namespace) -> None:
             made = outputs_of(hidden_TH, head, args.kind, args.size, generator)
             parts.append([x.cpu().unflatten(0, tuple(ids.shape)) for x in made])
         ids, log_p = (torch.cat(column) for column in zip(*parts, strict=True))
-        write_shard(shard_path(args.out, number), ids, log_p, vocabulary)
+        sweep(shard_path(args.out, number))
+        write_shard(shard_path(args.out, number), ids, log_p, vocabulary, index)
     say(f"{args.out}: {len(mine)} shards of {tokens.sequences} sequences, {args.kind} {args.size}")

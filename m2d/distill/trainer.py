@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
 
 from m2d.artifacts import flush_to_disk, fsync
+from m2d.distill.checkpoints import checkpoints_in, seal
 from m2d.distill.liger import liger_loss
 from m2d.distill.logits import StoredLogits
 from m2d.distill.loss import Head, distillation_loss, stored_loss
@@ -80,10 +81,9 @@ def check_head(model: PreTrainedModel, input_ids: Tensor, name: str) -> None:
     """
     ids = input_ids.to(model.device)
     own = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
-    ours = (
-        head_of(model).to(own.device).logits(hidden_states(model, ids).flatten(0, 1).to(own.device))
-    )
-    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
+    hidden = hidden_states(model, ids).flatten(0, 1).to(own.device)
+    ours = head_of(model).to(own.device).logits(hidden)
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
     if not torch.allclose(ours, own, rtol=0, atol=tolerance * float(own.abs().max())):
         raise UserError(
             f"{name}: its logits are not its last hidden states times its output embedding "
@@ -233,6 +233,7 @@ class DistillationTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            seal(partial / name)
             flush_to_disk(partial / name)
             shutil.rmtree(work / name, ignore_errors=True)
             (partial / name).rename(work / name)
@@ -261,11 +262,6 @@ class DistillationTrainer(Trainer):
         # Else transformers would partition whatever model is made next.
         unset_hf_deepspeed_config()
         return {name.removeprefix("student."): value for name, value in (state or {}).items()}
-
-
-def checkpoints_in(work: Path) -> list[Path]:
-    """The complete checkpoints of a work folder, oldest first."""
-    return sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m2d.devices import pick_dtype
 from m2d.errors import UserError
-from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from m2d.models.load import check_model, load_model, require_finite
-from m2d.models.teacher import dtype_of, locate, pick_dtype, read_config
+from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, require_finite
+from m2d.models.load import check_model, load_model
+from m2d.models.teacher import dtype_of, locate, read_config
 from m2d.progress import progress
 
 # Arguments of lm-eval's own that ask for another way of loading.
@@ -38,7 +39,7 @@ def one_reader(backend: type) -> Any:
             named = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
             where = "auto" if options.get("parallelize") else self._device
             chosen = pick_dtype(named, dtype_of(config, folder))
-            self._model = load_model(folder, config, chosen, where)
+            self._model = load_model(folder, config, chosen, where, narrow=True)
 
         def _model_call(self, *args: Any, **keywords: Any) -> Tensor:
             logits = super()._model_call(*args, **keywords)

@@ -22,7 +22,8 @@ from typing import Any
 from m2d.artifacts import write_json
 from m2d.errors import UserError
 from m2d.evaluate.datasets import local_datasets, replaced
-from m2d.options import DTYPES, positive
+from m2d.evaluate.names import task_name
+from m2d.options import AUTO, DTYPES, positive
 from m2d.progress import say
 
 # Of the machine and the moment, not of the model: the same evaluation gives the same file.
@@ -47,7 +48,7 @@ def evaluate(
     dataset_folders: Mapping[str, str | Path] | None = None,
     limit: int | None = None,
     batch_size: str = "auto",
-    dtype: str = "auto",
+    dtype: str = AUTO,
     device: str | None = None,
     model_args: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -60,6 +61,7 @@ def evaluate(
     dataset that is missing, and a backend that is not installed.
     """
     # lm-eval and what it imports take seconds, so bad input is refused first.
+    _check_tasks(tasks)
     _check_model(model)
     if backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("--backend vllm: vllm is not installed; pip install vllm, or use hf")
@@ -69,13 +71,19 @@ def evaluate(
     from lm_eval.api.registry import get_model
     from lm_eval.utils import handle_non_serializable
 
+    from m2d.devices import announce, compute_dtype, dtype_name, pick_device
     from m2d.evaluate.backends import check_for_vllm, one_reader
-    from m2d.models.teacher import locate, read_config
+    from m2d.models.teacher import dtype_of, locate, read_config
 
     _quieten()
     if backend == "hf":  # vllm picks its own, and dislikes a process that has touched CUDA
-        read_config(locate(model, config_only=True))  # transformers is told of EMO's classes
+        folder = locate(model, config_only=True)
+        _, config = read_config(folder)  # transformers is told of EMO's classes
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        stored, where = dtype_of(config, folder), pick_device(device)
+        computed_in = compute_dtype(dtype, stored, where)
+        announce(model, stored, computed_in, where)
+        dtype = dtype_name(computed_in)
         if device == "cuda" and torch.cuda.device_count() > 1:
             # A job has several GPUs where one cannot hold the model.
             model_args = {"parallelize": True, **(model_args or {})}
@@ -120,6 +128,15 @@ def evaluate(
         plain = json.loads(json.dumps(result, default=handle_non_serializable))
         results[task] = _portable(plain, include)
     return results
+
+
+def _check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse what cannot be a task's name: it names the file of scores, and a folder of lm-eval."""
+    for task in tasks:
+        try:
+            task_name(task)
+        except ValueError as error:
+            raise UserError(f"--task {task[:100]!r}: {error}") from None
 
 
 def _check_model(model: str) -> None:
@@ -248,7 +265,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=positive, help="only the first N documents of each task")
     parser.add_argument("--batch-size", default="auto", help="a number or auto (default: auto)")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--dtype", choices=(AUTO, *DTYPES), default=AUTO)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument(
         "--model-arg",

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2d.artifacts import write_json
+from m2d.devices import announce, compute_dtype, dtype_name, pick_device
+from m2d.errors import UserError
 from m2d.models.hub import name_of
 from m2d.models.load import load_model
 from m2d.models.stream import StreamedTeacher
@@ -24,8 +26,6 @@ from m2d.models.teacher import (
     has_experts,
     locate,
     open_teacher,
-    pick_device,
-    pick_dtype,
     read_config,
 )
 from m2d.options import add_compute_options, positive
@@ -36,6 +36,8 @@ from m2d.tokens.tokenize import add_text_options, tokens_from
 PROTOCOL = "token-level, non-overlapping windows, the first token of each is not predicted"
 # Logits are widened to float32 for so many elements at a time.
 LOGITS_AT_ONCE = 2**26
+# Nats per token; the exponential of more is no number.
+LARGEST_NLL = 709.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Perplexity:
     length: int
     sequences: int
     stderr: float | None  # of the perplexity; None with one window
+    dtype: str  # of the computation
     protocol: str = PROTOCOL
 
 
@@ -88,15 +91,18 @@ def streamed_nll(stream: StreamedTeacher, tokens: Tensor, batch: int) -> Tensor:
     )
 
 
-def make_result(model: str, sums: Tensor, tokens: Tensor) -> Perplexity:
+def make_result(model: str, sums: Tensor, tokens: Tensor, dtype: torch.dtype) -> Perplexity:
     """Perplexity from the summed negative log-likelihoods [S] of tokens [S, T]."""
     sequences, length = tokens.shape
     nll = float(sums.sum()) / (sequences * (length - 1))
+    perplexity = math.exp(nll) if nll < LARGEST_NLL else math.inf  # NaN stays NaN
     error = None
-    if sequences > 1:
-        error = math.exp(nll) * float((sums / (length - 1)).std()) / math.sqrt(sequences)
+    if sequences > 1 and perplexity < math.inf:
+        error = perplexity * float((sums / (length - 1)).std()) / math.sqrt(sequences)
     predicted = sequences * (length - 1)
-    return Perplexity(model, math.exp(nll), nll, predicted, length, sequences, error)
+    return Perplexity(
+        model, perplexity, nll, predicted, length, sequences, error, dtype_name(dtype)
+    )
 
 
 def measure(
@@ -105,15 +111,23 @@ def measure(
     """Perplexity of a model folder or hub id on tokens [S, T]."""
     folder = locate(model)
     _, config = read_config(folder)
-    chosen = pick_dtype(dtype, dtype_of(config, folder))
+    stored = dtype_of(config, folder)
+    chosen = compute_dtype(dtype, stored, device)
     if has_experts(model):
         stream = StreamedTeacher(open_teacher(model), chosen, device)
         sums = streamed_nll(stream, tokens, batch)
     else:
-        network = load_model(folder, config, chosen, device)
+        announce(folder.name, stored, chosen, device)
+        network = load_model(folder, config, chosen, device, narrow=True)
         parts = progress(tokens.split(batch), "perplexity, batches")
         sums = torch.cat([loaded_nll(network, part, batch, device) for part in parts])
-    return make_result(Path(name_of(model)).name, sums, tokens)
+    result = make_result(Path(name_of(model)).name, sums, tokens, chosen)
+    if not math.isfinite(result.perplexity):
+        raise UserError(
+            f"{model}: its loss is {result.nll:.6g} nats per token, which is no perplexity; are "
+            "its weights numbers that --dtype can hold?"
+        )
+    return result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

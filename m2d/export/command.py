@@ -1,4 +1,7 @@
-"""`m2d export`: a student as one GGUF file, for llama.cpp and what is built on it."""
+"""`m2d export`: a student as one GGUF file, for llama.cpp and what is built on it.
+
+Or, where its name does not end in .gguf, as a folder that vLLM takes: m2d.export.folder.
+"""
 
 import argparse
 import tempfile
@@ -10,6 +13,7 @@ from m2d.errors import UserError
 from m2d.export.check import Check, check_gguf
 from m2d.export.converter import find_converter, run_converter
 from m2d.export.engine import server_command
+from m2d.export.folder import export_folder
 from m2d.options import positive
 from m2d.progress import say
 
@@ -70,8 +74,8 @@ def check(
     """Compare the file with the student on the first tokens of a text."""
     import torch
 
+    from m2d.devices import pick_device
     from m2d.evaluate.perplexity import measure
-    from m2d.models.teacher import pick_device
     from m2d.tokens.packed import pack_tokens
     from m2d.tokens.rows import text_of
     from m2d.tokens.text import read_documents
@@ -88,7 +92,7 @@ def check(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("student", help="folder of a student, or of any model in that layout")
-    parser.add_argument("out", type=Path, help="the file to write, .gguf")
+    parser.add_argument("out", type=Path, help="the file to write, .gguf, or a folder")
     parser.add_argument(
         "--type", choices=TYPES, default="bf16", dest="kind", help="of the weights (%(default)s)"
     )
@@ -96,6 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, or its folder"
     )
     parser.add_argument("--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer")
+    parser.add_argument(
+        "--experts",
+        type=positive,
+        help="to a folder: cut the FFNs into so many experts that are always taken (default: 2)",
+    )
     group = parser.add_argument_group("a check in llama.cpp, against the student")
     source = group.add_mutually_exclusive_group()
     source.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders")
@@ -105,7 +114,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    options = {k: v for k, v in vars(args).items() if k not in ("command", "debug")}
+    if args.out.suffix != ".gguf":
+        done = export_folder(args.student, args.out, args.experts or 2)
+        say(f"{args.out}: {done}")
+        return
+    if args.experts:
+        raise UserError("--experts: of a folder; a GGUF file is made of the student as it is")
+    options = {k: v for k, v in vars(args).items() if k not in ("command", "debug", "experts")}
     found = export(**options)
     size = args.out.stat().st_size / 1e9
     say(f"{args.out}: {args.kind}, {size:.3g} GB; llama-server -m {args.out}")

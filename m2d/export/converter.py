@@ -108,7 +108,7 @@ def run_converter(
         errors="replace",
     )
     if done.returncode or not out.is_file():
-        if "pre-tokenizer was not recognized" in done.stderr:
+        if "NotImplementedError: BPE pre-tokenizer was not recognized" in done.stderr:
             raise UserError(
                 f"{student}: llama.cpp's converter does not know its pre-tokenizer, nor is its "
                 "pattern one that m2d knows; give --pre NAME, one of those in llama.cpp's "

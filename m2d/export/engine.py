@@ -26,11 +26,15 @@ FORCED = 1e6
 # The same server without its binary; the process ends with its standard input.
 XLLAMACPP = """
 import sys, xllamacpp
-file, port, context, threads = sys.argv[1:]
+file, port, context, threads, exact = sys.argv[1:]
 parameters = xllamacpp.CommonParams()
 parameters.model.path = file
 parameters.port, parameters.n_ctx, parameters.n_parallel = int(port), int(context), 1
 parameters.warmup = False
+if int(exact):
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    parameters.flash_attn_type = off
 if int(threads):
     parameters.cpuparams.n_threads = int(threads)
 server = xllamacpp.Server(parameters)
@@ -101,10 +105,11 @@ def server_command() -> list[str] | None:
 
 
 @contextlib.contextmanager
-def serving(file: Path, context: int, threads: int = 0) -> Iterator[Engine]:
+def serving(file: Path, context: int, threads: int = 0, exact: bool = False) -> Iterator[Engine]:
     """Serve a GGUF file while the block runs.
 
     context: tokens, prompt and answer together. threads: 0 for as many as llama.cpp takes itself.
+    exact: attention in float32 throughout, where llama.cpp itself rounds to float16 on the way.
     Raises UserError where no server is installed, or it does not start.
     """
     command = server_command()
@@ -114,11 +119,12 @@ def serving(file: Path, context: int, threads: int = 0) -> Iterator[Engine]:
         )
     port = free_port()
     if command[-1] == XLLAMACPP:
-        command = [*command, str(file), str(port), str(context), str(threads)]
+        command += [str(file), str(port), str(context), str(threads), str(int(exact))]
     else:
         command += ["-m", str(file), "--host", "127.0.0.1", "--port", str(port)]
         command += ["-c", str(context), "-np", "1", "--no-warmup"]
         command += ["-t", str(threads)] if threads else []
+        command += ["-fa", "off", "-ctk", "f32", "-ctv", "f32"] if exact else []
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
         try:

@@ -6,7 +6,6 @@ documents follow one another, each closed by the end-of-sequence token, and are 
 for those that it counts as targets.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from m2d.artifacts import flush_to_disk, fsync, read_json, write_json
+from m2d.artifacts import flush_to_disk, fsync, make_own_folder, read_json, write_json
 from m2d.errors import UserError
 from m2d.progress import progress, say
 from m2d.tokens.encode import Encoder, bos_token
@@ -170,12 +169,12 @@ def write_packed(
 
         left = None if sequences is None else sequences - rows
         packed = itertools.islice(rows_of_batches(), left)
-        for row in progress(packed, "tokens, sequences", total=left):
-            out.write(row[:, 0].astype("<i8").tobytes())
-            if loss_on != "all":
-                mask_out.write(row[:, 1].astype("u1").tobytes())
-            rows += 1
         try:
+            for row in progress(packed, "tokens, sequences", total=left):
+                out.write(row[:, 0].astype("<i8").tobytes())
+                if loss_on != "all":
+                    mask_out.write(row[:, 1].astype("u1").tobytes())
+                rows += 1
             require_filled(rows, length, sequences)
         except UserError:
             shutil.rmtree(work)
@@ -204,14 +203,6 @@ def position_in(file: Path, request: object) -> dict[str, Any] | None:
     counts = [found.get(key) for key in ("documents", "rows")] if isinstance(found, dict) else []
     sound = len(counts) == 2 and all(type(count) is int and count >= 0 for count in counts)
     return found if sound and found.get("request") == request else None
-
-
-def make_own_folder(folder: Path) -> None:
-    """Make a work folder. Raises UserError where something else has its name."""
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(parents=True)
-    if folder.is_symlink() or not folder.is_dir():
-        raise UserError(f"{folder}: is in the way of a work folder; remove it")
 
 
 def open_own(file: Path) -> BinaryIO:
