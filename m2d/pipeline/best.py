@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from m2d.artifacts import finite, reading
 from m2d.errors import UserError
 
 AXES = ("scoring", "grouping", "scaling", "keep")
@@ -28,7 +29,9 @@ def best_configuration(grids: Iterable[str | Path], **where: str | int) -> dict[
     if not rows:
         wanted = ", ".join(f"{axis} {value}" for axis, value in where.items())
         names = ", ".join(map(str, grids))
-        raise UserError(f"{names}: no row has {wanted}; run m2d grid with it")
+        raise UserError(
+            f"{names}: no row with a finite perplexity has {wanted}; run m2d grid with it"
+        )
     best = min(rows, key=lambda row: row["perplexity"])
     return {axis: best[axis] for axis in AXES}
 
@@ -44,10 +47,12 @@ def _version(grid: str | Path) -> int:
 @cache
 def _rows(grid: str | Path, version: int) -> list[dict[str, Any]]:
     """The rows of a grid; read once, since a workflow asks thousands of times while it plans."""
-    import pyarrow
     import pyarrow.parquet as pq
 
-    try:
-        return pq.read_table(grid, columns=[*AXES, "perplexity"]).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{grid}: not readable as a grid ({error})") from None
+    with reading(grid, "readable as a grid"):
+        rows = pq.read_table(grid, columns=[*AXES, "perplexity"]).to_pylist()
+        # None stands for a student that gave no number, which is never the best.
+        rows = [row for row in rows if row["perplexity"] is not None]
+        for row in rows:
+            finite(row["perplexity"], "a perplexity")
+        return rows

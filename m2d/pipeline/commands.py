@@ -48,18 +48,22 @@ SIZE_KEYS = ("width", "params", "multiple")
 
 
 def neurons_options(name: str) -> list[str]:
-    """The name of neuron statistics as options: greedy-width-512 is --choice greedy --width 512."""
-    choice, *size = name.split("-")
+    """The name of neuron statistics as options: greedy-width-512 is --choice greedy --width 512.
+
+    What its -fold-... says is an input of its own.
+    """
+    choice, *size = name.partition("-fold-")[0].split("-")
     words = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(size)]
     return ["--choice", choice, *words]
 
 
 def neurons_name(student: Mapping[str, Any]) -> str:
     """The neuron statistics of a student: any width has the same, but the greedy order's."""
+    fold = [f"-fold-{student['fold']}"] if "fold" in student else []
     if student["neurons"] == "contribution":
-        return "contribution"
+        return "".join(["contribution", *fold])
     size = [f"-{key}-{student[key]}" for key in SIZE_KEYS if key in student]
-    return "".join(["greedy", *size])
+    return "".join(["greedy", *size, *fold])
 
 
 def recipe_options(recipe: Mapping[str, Any], logits: str | None = None) -> list[str]:

@@ -21,7 +21,13 @@ from m2d.pipeline.effects import effective
 
 PACKAGE = Path(__file__).parents[1]
 # Tables of entries: the name of the table, to the kind that says which entries a job uses.
-CUT = {"FAMILIES": "family", "GROUPS": "strategy", "ZERO_STAGES": "strategy"}
+CUT = {
+    "FAMILIES": "family",
+    "SIBLINGS": "family",
+    "TEXT_SIBLINGS": "family",
+    "GROUPS": "strategy",
+    "ZERO_STAGES": "strategy",
+}
 # Wording, names, progress, and settings, whose values are parameters of the rules: an edit there
 # changes no number, and must not repeat a distillation. Only where one is the entry itself does it
 # count.
@@ -75,7 +81,8 @@ class Module:
     loose: list[Statement] = field(default_factory=list)
     """Statements that bind nothing, such as a call; they run on import and always count."""
     tables: dict[str, tuple[str, list[tuple[str, str]]]] = field(default_factory=dict)
-    """Name of a table -> its kind, and per entry its identifier and the definition behind it."""
+    """Name of a table -> its kind, and per entry its identifier and the definition behind it, or
+    what it says where that is a constant."""
 
 
 def code_digest(
@@ -88,8 +95,8 @@ def code_digest(
     """Digest of all code that `entry` can run, 16 hex digits.
 
     `entry` is a command's module ("m2d.statistics.rank") or one function ("m2d.demo.corpus:build").
-    `chosen` names what it will use of each table, by kind: {"scoring": ["reap"]}; None is all of
-    it, and a kind that is not there nothing. With `words`, methods count by the words that they
+    `chosen` names what it will use of each table, by kind: {"scoring": ["reap"]}; of a kind that is
+    not there, or None, everything counts. With `words`, methods count by the words that they
     declare for model cards and not by what they do.
     """
     digest = hashlib.sha256()
@@ -130,9 +137,11 @@ def reachable(
             waiting.append((module_name, ""))
         if name in module.tables:
             kind, entries = module.tables[name]
-            used = chosen.get(kind, ())
+            used = chosen.get(kind)
             picked = [(e, d) for e, d in entries if used is None or e in used]
-            found[key] = repr(sorted(e for e, _ in picked))
+            constants = {(e, d) for e, d in picked if d not in module.definitions}
+            found[key] = repr(sorted((e, d if (e, d) in constants else "") for e, d in picked))
+            picked = [pair for pair in picked if pair not in constants]
             if words:
                 found |= {(module_name, e): module.definitions[d][0].words for e, d in picked}
             else:
@@ -237,12 +246,18 @@ def _bound(node: ast.stmt) -> set[str]:
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
         return set()
-    names = set()
-    for item in ast.walk(node):
+    names: set[str] = set()
+    waiting: list[ast.AST] = [node]
+    while waiting:
+        item = waiting.pop()
         if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store):
             names.add(item.id)
         elif isinstance(item, ast.FunctionDef | ast.ClassDef):
             names.add(item.name)
+            continue
+        # What a comprehension goes over has names of its own.
+        own = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+        waiting += [] if isinstance(item, own) else ast.iter_child_nodes(item)
     return names
 
 
@@ -284,9 +299,9 @@ def _entries(table: str, statement: Statement, module: Module) -> list[tuple[str
     if isinstance(value, ast.Dict):
         pairs = zip(value.keys, value.values, strict=True)
         return [
-            (str(key.value), names[0])
+            (str(key.value), names[0] if (names := _dotted(item)) else ast.unparse(item))
             for key, item in pairs
-            if isinstance(key, ast.Constant) and (names := _dotted(item))
+            if isinstance(key, ast.Constant) and (_dotted(item) or isinstance(item, ast.Constant))
         ]
     found = []
     for first, *_ in statement.chains:

@@ -13,6 +13,7 @@ state it by a lower --utilization.
 """
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
@@ -24,7 +25,8 @@ from typing import Any
 
 from m2d.errors import UserError
 from m2d.pipeline.jobs import hardware_of, need_of, resources_of, sizes_of
-from m2d.pipeline.resources import BYTES, Need
+from m2d.pipeline.place import snakefile
+from m2d.pipeline.resources import Need, item_bytes
 from m2d.pipeline.settings import Config, load_config
 
 # Rules on a teacher that compute next to nothing.
@@ -107,9 +109,11 @@ def pairs(text: str) -> dict[str, str]:
     return dict(part.split("=", 1) for part in text.split(", ") if "=" in part)
 
 
-def dry_run(target: str, everything: bool) -> str:
+def dry_run(target: str, everything: bool, config: Path) -> str:
     """Snakemake's dry run of a target in this folder. Raises UserError with its reason."""
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--nolock", "--cores", "1"]
+    importlib.import_module("snakemake")  # says what to install where it is missing
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile())]
+    command += ["--configfile", str(config), "--dry-run", "--nolock", "--cores", "1"]
     command += ["--rerun-incomplete", *(["--forceall"] if everything else []), "--", target]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -123,7 +127,7 @@ def plan_of(target: str, jobs: Iterable[Job], config: Config) -> Plan:
     rows: dict[str, Row] = {}
     teachers: set[str] = set()
     for job in jobs:
-        if job.rule in config["pipelines"] or job.rule in ("tables", "all_evals"):
+        if job.rule in config["pipelines"] or job.rule in ("all", "tables", "all_evals"):
             continue
         row = rows.setdefault(job.rule, Row(job.rule))
         row.jobs += 1
@@ -167,8 +171,11 @@ def add_job(row: Row, job: Job, config: Config) -> None:
 def size_on_hub(config: Config, teacher: str) -> float:
     """GB of a teacher's weights in its config's dtype."""
     sizes = sizes_of(config, teacher)
-    item = BYTES[config["teachers"][teacher]["dtype"]]
-    return sizes["teacher_parameters"] * item / 1e9 if sizes else 0.0
+    if not sizes:
+        return 0.0
+    return (
+        sizes["teacher_parameters"] * item_bytes(config["teachers"][teacher]["dtype"], sizes) / 1e9
+    )
 
 
 def as_text(plan: Plan, config: Config) -> str:
@@ -239,13 +246,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    config = load_config(args.config)
+    path = Path(args.config)
+    config = load_config(path)
     for key in ("flops", "utilization"):
         if (value := getattr(args, key)) is not None:
             if value <= 0:
                 raise UserError(f"--{key} {value:g}: must be above 0")
             config["hardware"][key] = value
-    plan = plan_of(args.target, jobs_of(dry_run(args.target, args.all)), config)
+    plan = plan_of(args.target, jobs_of(dry_run(args.target, args.all, path)), config)
     print(as_json(plan, config) if args.json else as_text(plan, config))
 
 

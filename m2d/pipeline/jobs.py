@@ -5,14 +5,15 @@ from math import ceil
 from typing import Any
 
 from m2d.pipeline.resources import (
-    BYTES,
     Hardware,
     Need,
     Sizes,
+    align,
     distillation,
     evaluation,
     gram,
     grid,
+    item_bytes,
     merge,
     perplexity_of_student,
     perplexity_of_teacher,
@@ -29,6 +30,7 @@ from m2d.pipeline.settings import evaluation_jobs, logits_names
 MEMORY_MARGIN = 1.25
 TIME_MARGIN = 2.0
 START_MINUTES = 15
+ALIGN_TOKENS = 4096  # of a step of `m2d align`
 CPU_RULES = {"make_tokens", "merge_student", "merge_neurons", "initialise_student"}
 
 Names = Mapping[str, str]
@@ -54,7 +56,7 @@ def need_of(config: Mapping[str, Any], rule: str, names: Names) -> Need | None:
     if sizes is None:
         return None
     teacher, hardware = config["teachers"][names["teacher"]], hardware_of(config)
-    item, tokens = BYTES[teacher["dtype"]], teacher["tokens"]
+    item, tokens = item_bytes(teacher["dtype"], sizes), teacher["tokens"]
 
     def amount(use: str) -> int:
         return int(tokens[use]["sequences"] * tokens[use]["length"])
@@ -78,10 +80,10 @@ def need_of(config: Mapping[str, Any], rule: str, names: Names) -> Need | None:
         return evaluation(total, active, item, scored_tokens(config, names), hardware)
     if rule == "store_teacher_logits":
         recipe = logits_names(config)[names["logits"]]
-        item = BYTES[recipe.get("teacher_dtype", teacher["dtype"])]
+        item = item_bytes(recipe.get("teacher_dtype", teacher["dtype"]), sizes)
         part = ceil(amount("distillation") / int(names["parts"]))
         return teacher_logits(sizes, item, recipe, part, hardware)
-    if rule == "measure_neurons":
+    if rule in ("measure_neurons", "fold_teacher"):
         return gram(sizes, item, amount("calibration"))
     if rule == "prune_student":
         return statistics(sizes, item, amount("calibration"))
@@ -94,6 +96,8 @@ def need_of(config: Mapping[str, Any], rule: str, names: Names) -> Need | None:
         return merge(sizes, item, 0)
     if rule == "refit_student":
         return refit(sizes, item, amount("calibration"))
+    if rule == "align_student":
+        return align(sizes, item, amount("calibration"), student["align"] * ALIGN_TOKENS)
     if rule == "measure_student":
         return perplexity_of_student(parameters, item, amount("test"))
     if rule == "evaluate_student":
@@ -110,7 +114,9 @@ def with_student(sizes: Sizes, student: Mapping[str, Any]) -> Sizes:
         return with_pruned(sizes, student)
     width, parameters = sizes["students"][0]["intermediate_size"], sizes["student_parameters"]
     per_neuron = 3 * sizes["hidden_size"] * sizes["num_moe_layers"]
-    if "width" in student:
+    if "groups" in student:
+        more = (student["groups"] - sizes["top_k"]) * sizes["expert_width"]
+    elif "width" in student:
         more = student["width"] - sizes["top_k"] * sizes["expert_width"]
     elif "params" in student:
         more = (student["params"] - parameters) // per_neuron

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from m2d.errors import UserError
+from m2d.options import AUTO
 from m2d.pipeline.schema import HardwareSettings as Hardware
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -31,6 +32,11 @@ MEMORY_RATE = 5e9  # bytes per second that experts are merged at, in main memory
 TOKENIZER_RATE = 3e5  # tokens per second of text read and cut
 
 Sizes = Mapping[str, Any]
+
+
+def item_bytes(dtype: str, sizes: Sizes) -> int:
+    """Bytes of a number of a teacher with these sizes, by the config's dtype."""
+    return BYTES[sizes["dtype"] if dtype == AUTO else dtype]
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,19 @@ def refit(sizes: Sizes, item: int, tokens: float) -> Need:
         read=(sizes["teacher_parameters"] + student) * item,
         write=student * item,
         gpus=1,
+    )
+
+
+def align(sizes: Sizes, item: int, tokens: float, trained: float) -> Need:
+    """Refit, and every FFN trained on `trained` tokens: 6 of its parameters each, in float32."""
+    width, hidden = sizes["students"][0]["intermediate_size"], sizes["hidden_size"]
+    block = 3 * width * hidden
+    need = refit(sizes, item, tokens)
+    return replace(
+        need,
+        flops=need.flops + 6 * block * sizes["num_moe_layers"] * trained,
+        # Weights, gradients, momentum and the trained copy; what every token should come to.
+        gpu_memory=need.gpu_memory + 16 * block + 2 * 4 * tokens * hidden,
     )
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from m2d.pipeline.choices import settings_of
 from m2d.pipeline.settings import goes_with, has_experts, student_kind
+from m2d.students.variants import REPAIRS, UNDISTILLED, first_variant
 
 Config = Mapping[str, Any]
-# Variants of a student that no recipe makes.
-UNDISTILLED = ("merged", "refit")
 
 
 def runs_of(config: Config, pipeline: str) -> list[tuple[str, str, str]]:
@@ -20,22 +19,35 @@ def runs_of(config: Config, pipeline: str) -> list[tuple[str, str, str]]:
     Each student from those of its teachers that it goes with.
     """
     settings = config["pipelines"][pipeline]
-    pairs = [(student, "merged") for student in settings["students"]]
+    pairs = [(student, first_of(config, student)) for student in settings["students"]]
     for entry in settings["distill"]:
-        pairs += [(entry["student"], "merged"), (entry["student"], entry["recipe"])]
+        student = entry["student"]
+        pairs += [(student, first_of(config, student)), (student, entry["recipe"])]
     if "best" in settings:
         for scoring in settings["scorings"]:
             for grouping in config["grid"]["groupings"]:
                 student = f"best-{scoring}-{grouping}"
-                pairs += [(student, "merged"), (student, settings["best"])]
-    refitted = [s for s, _ in pairs if "refit" in settings_of(config, s)]
-    pairs += [(student, "refit") for student in dict.fromkeys(refitted)]
+                pairs += [(student, first_of(config, student)), (student, settings["best"])]
+    students = list(dict.fromkeys(student for student, _ in pairs))
+    for repair in REPAIRS:
+        pairs += [(s, repair) for s in students if repair in settings_of(config, s)]
     return [
         (teacher, *pair)
         for teacher in settings["teachers"]
         for pair in dict.fromkeys(pairs)
         if goes_with(settings_of(config, pair[0]), config["teachers"][teacher])
     ]
+
+
+def first_of(config: Config, student: str) -> str:
+    """The variant in which a student is first written."""
+    return first_variant(settings_of(config, student).get("baseline"))
+
+
+def undistilled(config: Config, student: str) -> str:
+    """The variant that a student's distillation starts from: the last that the config asks for."""
+    done = [repair for repair in REPAIRS if repair in settings_of(config, student)]
+    return done[-1] if done else first_of(config, student)
 
 
 def with_experts(config: Config, pipeline: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Discriminator,
     Field,
     StringConstraints,
@@ -18,7 +19,19 @@ from pydantic import (
 )
 
 from m2d.distill.settings import DistillSettings
-from m2d.settings import Count, Dtype, MethodOf, NotNegative, Number, Positive, Section, Whole
+from m2d.evaluate.names import task_name
+from m2d.methods import table
+from m2d.settings import (
+    ComputeDtype,
+    Count,
+    MethodOf,
+    NotNegative,
+    Number,
+    Positive,
+    Section,
+    Whole,
+    unknown,
+)
 
 
 def unique(items: list[Any]) -> list[Any]:
@@ -116,61 +129,63 @@ class TeacherSettings(Section):
     """A trained model. Of one without experts, students by structured pruning are made."""
 
     model: Text
-    """Folder or hub id."""
+    """Folder or hub id. What is left out below follows from its config.json."""
     tokens: TokensSettings | None = None
-    """The token sequences made with this teacher's tokenizer."""
+    """The token sequences made with this teacher's tokenizer; those of the config if left out."""
     experts: Count | None = None
     """Routed experts of a layer."""
     top_k: Count | None = None
     """Experts that the router selects for a token."""
     keeps: Annotated[list[Count], Field(min_length=1), AfterValidator(unique)] | None = None
-    """The values of K, the number of experts kept, in the grid."""
-    dtype: Dtype = "bfloat16"
-    """Numbers that the teacher and its students compute with."""
-    batch: Count = 4
-    """Sequences in one forward pass."""
+    """The values of K, the number of experts kept, in the grid; top-k, twice as many, four times,
+    eight times, and all or 16 times if left out."""
+    dtype: ComputeDtype = "auto"
+    """Numbers that the teacher and its students compute with; auto: the checkpoint's where the
+    device is fast in them, else float32."""
+    batch: Count | None = None
+    """Sequences in one forward pass; 8192 tokens, at most 16 sequences if left out."""
     shares: Count | None = None
     """Jobs that take a share of the calibration sequences each; one by default."""
     sizes: Text | None = None
-    """File of `m2d inspect MODEL --json`; jobs ask for GPUs, memory and time by it."""
+    """File of `m2d inspect MODEL --json`, by which jobs ask for GPUs, memory and time; made where
+    it is left out."""
     resources: ResourceSettings | None = None
     """What every job on this teacher asks for; distillations ask for what their recipe says."""
-
-    @model_validator(mode="after")
-    def _experts(self) -> "TeacherSettings":
-        together = {key: getattr(self, key) for key in ("experts", "top_k", "keeps")}
-        missing = [key for key, value in together.items() if value is None]
-        if 0 < len(missing) < len(together):
-            given = next(key for key, value in together.items() if value is not None)
-            raise ValueError(f"{given} goes with {', '.join(missing)}; give all three, or none")
-        return self
 
 
 class GridSettings(Section):
     """What the grid crosses with every scoring method and every K."""
 
-    groupings: Annotated[list[Grouping], AfterValidator(unique)]
+    groupings: Annotated[list[Grouping], AfterValidator(unique)] = Field(
+        default=[*table("grouping").paper]
+    )
     """Grouping methods; identifiers or the paper's terms."""
-    scalings: Annotated[list[Scaling], AfterValidator(unique)]
+    scalings: Annotated[list[Scaling], AfterValidator(unique)] = Field(
+        default=[*table("scaling").paper]
+    )
     """Scaling methods of the down projections."""
 
 
-class RefitSettings(Section):
-    """Keys of the students whose down projections can be solved anew in closed form."""
+class RepairSettings(Section):
+    """What can be done to students made of experts, beyond the paper (docs/beyond.md)."""
 
+    fold: Literal["fixed", "layer", "neuron"] | None = None
+    """The router put into the experts' gates, before the student is chosen and merged."""
     refit: Literal["layer", "sequential"] | None = None
-    """On the calibration tokens; distillation then starts from that (docs/closed-form.md)."""
+    """Down projections solved anew on the calibration tokens; distillation starts from that."""
     weighting: Literal["equal", "relative"] | None = None
     """Of the tokens of a refit; equal if left out."""
+    align: Count | None = None
+    """Steps in which every layer's FFN is then trained on the teacher's residual stream."""
 
     @model_validator(mode="after")
-    def _weighting(self) -> "RefitSettings":
+    def _weighting(self) -> "RepairSettings":
         if self.weighting and not self.refit:
             raise ValueError("weighting is of use with refit alone; add refit: sequential")
         return self
 
 
-class ExpertsStudent(RefitSettings):
+class ExpertsStudent(RepairSettings):
     """A student of whole experts, kept, grouped and merged."""
 
     scoring: Scoring
@@ -181,6 +196,9 @@ class ExpertsStudent(RefitSettings):
     """Scaling of the down projections."""
     keep: Count
     """K, the number of experts kept in a layer."""
+    groups: Count | None = None
+    """The student's width in experts: the kept ones are merged into so many; the router's top-k if
+    left out."""
 
 
 class ChosenStudent(Section):
@@ -192,11 +210,11 @@ class ChosenStudent(Section):
     """K, the number of experts kept in a layer."""
 
 
-class NeuronsStudent(RefitSettings):
+class NeuronsStudent(RepairSettings):
     """A student of single neurons from all experts."""
 
     neurons: Annotated[str, MethodOf("neurons")]
-    """How they are chosen (docs/closed-form.md)."""
+    """How they are chosen (docs/beyond.md)."""
     width: Count | None = None
     """Neurons of a layer; the width of the router's top-k experts if left out."""
     params: Count | None = None
@@ -228,10 +246,20 @@ class PrunedStudent(Section):
     """FFN width."""
 
 
+BASELINES = ("d2d", "random_ffn", "random_init")
+
+
+def known_baseline(value: Any) -> Any:
+    """The same value, for pydantic; ValueError where it names no baseline, of any kind."""
+    if value not in BASELINES:
+        raise ValueError(unknown(str(value)[:100], "value", BASELINES))
+    return value
+
+
 class NewStudent(Section):
     """New weights in the FFNs beside a teacher's attention, or everywhere (docs/baselines.md)."""
 
-    baseline: Literal["random_ffn", "random_init"]
+    baseline: Annotated[Literal["random_ffn", "random_init"], BeforeValidator(known_baseline)]
     """Which of the two."""
 
 
@@ -254,7 +282,7 @@ def student_kind(student: Any) -> str:
         return "experts"
     if "baseline" in student:
         # Of an unknown one, the closest keys; the value is then refused.
-        return str(student["baseline"]) if student["baseline"] in STUDENTS else "random_ffn"
+        return str(student["baseline"]) if student["baseline"] in BASELINES else "random_ffn"
     return "neurons" if "neurons" in student else "chosen" if "best_of" in student else "experts"
 
 
@@ -299,7 +327,11 @@ class RecipeSettings(ResourceSettings, DistillSettings):
 class EvaluationSettings(Section):
     """What models are scored on; one job per model and task."""
 
-    tasks: Annotated[Names, Field(min_length=1)]
+    tasks: Annotated[
+        list[Annotated[Text, AfterValidator(task_name)]],
+        Field(min_length=1),
+        AfterValidator(unique),
+    ]
     """Tasks or groups of lm-eval, by its names."""
     shots: Whole
     """Examples in the prompt."""
@@ -326,7 +358,7 @@ class DistillationEntry(Section):
     """A student that is distilled, and how."""
 
     student: Text
-    """A name of `students`."""
+    """A name of `students`, or one that describes a student, like sf-wc-k16; braces for several."""
     recipe: Text
     """A name of `recipes`."""
 
@@ -334,13 +366,17 @@ class DistillationEntry(Section):
 class PipelineSettings(Section):
     """A target of the workflow."""
 
-    teachers: Names
+    teachers: Names = Field(default=[])
     """Teachers; the rest is done for each: d2d students for those that are dense, all others for
     those with experts."""
+    each: dict[Name, Text | Names] | None = None
+    """In place of teachers, for several pipelines of one shape: target -> its teacher or teachers.
+    The key of this pipeline is then no target."""
     scorings: Annotated[list[Scoring], AfterValidator(unique)] = Field(default=[])
     """Scoring methods whose grid is computed."""
     students: Names = Field(default=[])
-    """Students that are written."""
+    """Students that are written: names of `students`, or such as describe one, like sf-wc-k16.
+    Braces stand for several: "{sf,cp}-k{top_k}"."""
     distill: list[DistillationEntry] = Field(default=[])
     """Students that are distilled, and how."""
     best: Text | None = None
@@ -349,28 +385,36 @@ class PipelineSettings(Section):
     evaluations: Names = Field(default=[])
     """Evaluations of the teacher, every student and every distilled student."""
 
+    @model_validator(mode="after")
+    def _teachers(self) -> "PipelineSettings":
+        if len(self.model_fields_set & {"teachers", "each"}) != 1:
+            raise ValueError("needs teachers or each, one of them")
+        return self
+
 
 class Settings(Section):
     """What the workflow computes."""
 
-    results: Text
+    results: Text = "results"
     """The folder that holds everything that is computed, logs and benchmarks included."""
     hardware: HardwareSettings = HardwareSettings()
     """What the cluster's GPUs and nodes are."""
     launcher: Text | None = None
     """What starts a distillation, as LAUNCHER NODES GPUS_PER_NODE MINUTES distill ...; if left out,
     workflow/scripts/launch.sh, which starts a torchrun on every node, through Slurm's srun."""
-    datasets: dict[Name, DatasetSettings]
+    datasets: dict[Name, DatasetSettings] = Field(default={})
     """Texts, by name."""
+    tokens: TokensSettings | None = None
+    """The token sequences of every teacher that has none of its own; the paper's if left out."""
     teachers: dict[Name, TeacherSettings]
     """Trained models, by name: Mixture-of-Experts models, and dense ones."""
-    grid: GridSettings
+    grid: GridSettings = GridSettings()
     """What the grid crosses with every scoring method and every K."""
-    students: dict[Name, StudentSettings]
+    students: dict[Name, StudentSettings] = Field(default={})
     """Ways to a student, by name; for any teacher of enough experts."""
-    recipes: dict[Name, RecipeSettings]
+    recipes: dict[Name, RecipeSettings] = Field(default={})
     """Distillation settings, by name."""
-    evaluations: dict[Name, EvaluationSettings]
+    evaluations: dict[Name, EvaluationSettings] = Field(default={})
     """What models are scored on, by name."""
     pipelines: dict[Name, PipelineSettings]
     """Targets of the workflow, by name."""

@@ -10,9 +10,12 @@ from typing import Any
 import yaml
 
 from m2d.errors import UserError
+from m2d.pipeline.expand import expand_pipelines
 from m2d.pipeline.resources import read_sizes
 from m2d.pipeline.schema import PrunedStudent, Settings, student_kind
+from m2d.pipeline.teachers import completed
 from m2d.settings import checked, unknown
+from m2d.students.variants import UNDISTILLED
 
 __all__ = ["SHAPE", "check_config", "load_config", "student_kind"]
 
@@ -21,7 +24,7 @@ Config = dict[str, Any]
 # Names of folders beside the teachers', and of results beside the recipes'.
 RESERVED = {
     "teachers": {"corpus", "tasks", "tables", "figures", "cards", "benchmarks", "logs"},
-    "recipes": {"merged", "refit"},
+    "recipes": set(UNDISTILLED),
 }
 # What a recipe with stored teacher outputs may say of its loss, all of it the default.
 STORED_GOES_WITH = {
@@ -29,6 +32,16 @@ STORED_GOES_WITH = {
     "loss_implementation": "chunked",
     "temperature": 1.0,
     "cross_entropy_weight": 0,
+}
+# What a teacher's tokens are where the config says nothing: the paper's, for 0.3B of distillation.
+PAPER_DATASETS = {
+    "fineweb-edu": {"hub": "HuggingFaceFW/fineweb-edu@sample-10BT:train:text"},
+    "wikitext-2": {"hub": "Salesforce/wikitext@wikitext-2-raw-v1:test:text"},
+}
+PAPER_TOKENS = {
+    "calibration": {"dataset": "fineweb-edu", "sequences": 512, "length": 2048},
+    "test": {"dataset": "wikitext-2", "sequences": 140, "length": 2048},
+    "distillation": {"dataset": "fineweb-edu", "sequences": 146304, "length": 2048},
 }
 # Sizes of a student by structured pruning.
 SHAPE = tuple(name for name in PrunedStudent.model_fields if name != "baseline")
@@ -64,6 +77,7 @@ def check_config(values: Any) -> Config:
     settings = checked(Settings, values, "config: ")
     config: Config = settings.model_dump(exclude_none=True)
     _complete(config)
+    expand_pipelines(config)
     _check_names(config)
     _check_sizes(config)
     return config
@@ -71,11 +85,15 @@ def check_config(values: Any) -> Config:
 
 def _complete(config: Config) -> None:
     """Fill in, in place, what a teacher's entry leaves out. Raises where that is not possible."""
+    if "tokens" not in config:
+        config["tokens"] = PAPER_TOKENS
+    used = {t["dataset"] for t in config["tokens"].values()} & PAPER_DATASETS.keys()
+    config["datasets"] = {n: PAPER_DATASETS[n] for n in sorted(used)} | config["datasets"]
     for name, teacher in config["teachers"].items():
-        if "tokens" not in teacher:
-            raise UserError(
-                f"config: teachers.{name}: the key tokens is missing (calibration, test, ...)"
-            )
+        try:
+            config["teachers"][name] = completed({"tokens": config["tokens"], **teacher})
+        except UserError as error:
+            raise UserError(f"config: teachers.{name}: {error}") from None
 
 
 def evaluation_jobs(config: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
@@ -97,7 +115,8 @@ def logits_name(recipe: Mapping[str, Any]) -> str:
     settings = recipe["teacher_logits"]
     parts = [settings["kind"], str(settings["size"])]
     parts += ["top-k", str(recipe["teacher_top_k"])] if "teacher_top_k" in recipe else []
-    return "-".join([*parts, *([recipe["teacher_dtype"]] if "teacher_dtype" in recipe else [])])
+    dtype = recipe.get("teacher_dtype", "auto")
+    return "-".join([*parts, *([] if dtype == "auto" else [dtype])])
 
 
 def logits_names(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -182,7 +201,7 @@ def _check_sizes(config: Config) -> None:
                 f"batches ({sequences} calibration sequences, {teacher['batch']} at once)"
             )
         for i, keep in enumerate(teacher["keeps"]):
-            _check_keep(keep, name, teacher, f"teachers.{name}.keeps.{i}")
+            _check_keep({"keep": keep}, name, teacher, f"teachers.{name}.keeps.{i}")
     for name, recipe in config["recipes"].items():
         key = f"config: recipes.{name}"
         steps, peak = recipe["steps"], recipe["learning_rate"]
@@ -243,7 +262,7 @@ def _check_student(config: Config, pipeline: str, name: str) -> None:
     for teacher in fitting:
         if "keep" in student:
             key = f"pipelines.{pipeline}: students.{name}.keep"
-            _check_keep(student["keep"], teacher, config["teachers"][teacher], key)
+            _check_keep(student, teacher, config["teachers"][teacher], key)
             keeps = config["teachers"][teacher]["keeps"]
             if "best_of" in student and student["keep"] not in keeps:
                 raise UserError(
@@ -264,7 +283,7 @@ def _check_sizes_file(name: str, teacher: Mapping[str, Any]) -> None:
     for key, found in (("experts", sizes.get("num_experts")), ("top_k", sizes.get("top_k"))):
         if teacher.get(key) != found:
             raise UserError(
-                f"config: teachers.{name}.{key}: {teacher.get(key)}, but {teacher['sizes']} has "
+                f"config: teachers.{name}.{key}: {teacher.get(key)}, but {teacher['model']} has "
                 f"{found}"
             )
 
@@ -278,10 +297,14 @@ def _require_resources(stated: Mapping[str, Any], key: str, teacher: str) -> Non
         )
 
 
-def _check_keep(keep: int, name: str, teacher: Mapping[str, Any], key: str) -> None:
-    low, high = teacher["top_k"], teacher["experts"]
+def _check_keep(
+    student: Mapping[str, Any], name: str, teacher: Mapping[str, Any], key: str
+) -> None:
+    keep, high = student["keep"], teacher["experts"]
+    what = "groups" if "groups" in student else "top_k"
+    low = {**teacher, **student}[what]
     if not low <= keep <= high:
         raise UserError(
-            f"config: {key}: {keep} experts cannot be kept of {name}; from {low} (its top_k) to "
+            f"config: {key}: {keep} experts cannot be kept of {name}; from {low} (its {what}) to "
             f"{high} (its experts) are allowed"
         )

@@ -1,7 +1,7 @@
 # Baselines: students that are not made of experts (docs/baselines.md). They are distilled, measured
 # and tabulated like any other student.
 # in:  a dense teacher and <results>/{teacher}/tokens/calibration.safetensors (d2d), or an MoE teacher
-# out: <results>/{teacher}/students/{student}/merged/
+# out: <results>/{teacher}/students/{student}/pruned/ (d2d) or initial/
 
 from m2d.pipeline.settings import SHAPE
 
@@ -12,7 +12,7 @@ rule prune_student:
         calibration="<results>/{teacher}/tokens/calibration.safetensors",
         teacher=teacher_files,
     output:
-        directory("<results>/{teacher}/students/{student}/merged"),
+        directory("<results>/{teacher}/students/{student}/pruned"),
     log:
         "<logs>/prune_student/{teacher}/{student}.log",
     benchmark:
@@ -20,7 +20,7 @@ rule prune_student:
     wildcard_constraints:
         student=students_of_kind("d2d"),
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=sized("prune_student", "gpu"),
@@ -43,7 +43,7 @@ rule initialise_student:
     input:
         teacher=teacher_files,
     output:
-        directory("<results>/{teacher}/students/{student}/merged"),
+        directory("<results>/{teacher}/students/{student}/initial"),
     log:
         "<logs>/initialise_student/{teacher}/{student}.log",
     benchmark:
@@ -51,7 +51,7 @@ rule initialise_student:
     wildcard_constraints:
         student=students_of_kind("random_ffn", "random_init"),
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=sized("initialise_student", "mem_mb"),

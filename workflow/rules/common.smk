@@ -14,6 +14,8 @@ from m2d.errors import UserError
 from m2d.pipeline import choices, commands, runs
 from m2d.pipeline.digest import PACKAGE, code_digest
 from m2d.pipeline.jobs import resources_of
+from m2d.students.variants import UNDISTILLED
+from m2d.pipeline.place import environment_file
 from m2d.pipeline.settings import check_config, logits_names, student_kind
 from m2d.settings import as_options
 from m2d.pipeline.uses import by_pipeline, by_recipe, by_teacher
@@ -26,6 +28,11 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 * 2**20))
 # A graph of thousands of jobs is many objects and no garbage: looking for it at the default's rate
 # takes a fifth of the time that Snakemake needs to see that there is nothing to do.
 gc.set_threshold(1_000_000)
+
+# The environment of every rule under `--software-deployment-method conda`, with this m2d in it.
+# Written here, since a file of the workflow cannot know where the workflow lies.
+ENVIRONMENT = os.path.abspath(".snakemake/m2d.yaml")
+environment_file(ENVIRONMENT)
 
 # The folder of the Snakefile, also where another workflow takes it as a module.
 WORKFLOW = Path(str(workflow.current_basedir)).parent
@@ -52,13 +59,14 @@ wildcard_constraints:
     teacher=any_of(config["teachers"]),
     student="|".join([any_of(config["students"]), choices.BEST, choices.DESCRIBED]),
     recipe=any_of(config["recipes"]),
-    variant=any_of([*runs.UNDISTILLED, *config["recipes"]]),
+    variant=any_of([*UNDISTILLED, *config["recipes"]]),
     tokens="calibration|test|distillation",
     scoring="[a-z0-9_]+",
     logits=any_of(logits_names(config)),
     part="[0-9]+",
     parts="[0-9]+",
-    neurons="contribution|greedy(-width-[0-9]+|-params-[0-9]+)?",
+    fold="fixed|layer|neuron",
+    neurons="(contribution|greedy(-(width|params|multiple)-[0-9]+)*)(-fold-(fixed|layer|neuron))?",
 
 
 def teacher_of(wildcards):
@@ -113,9 +121,10 @@ def sized(rule, what, **names):
 def code(entry, words=False, **uses):
     """The digest of the code that a command runs; `uses` names what of its tables it will use.
 
-    By kind: scoring=["reap"]. What uses do not name counts for nothing; see m2d/pipeline/digest.py.
+    By kind: scoring=["reap"], or [] for none. Of a kind that is not named all counts; see
+    m2d/pipeline/digest.py.
     """
-    frozen = [(kind, names and tuple(names)) for kind, names in sorted(uses.items())]
+    frozen = [(k, None if v is None else tuple(v)) for k, v in sorted(uses.items())]
     return cached_digest(entry, words, tuple(frozen))
 
 

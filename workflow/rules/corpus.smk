@@ -13,7 +13,7 @@ rule make_corpus:
     benchmark:
         "<benchmarks>/make_corpus.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 2
     resources:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
@@ -38,7 +38,7 @@ rule make_tasks:
     benchmark:
         "<benchmarks>/make_tasks.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,

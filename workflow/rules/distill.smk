@@ -1,5 +1,6 @@
 # Distillation: a student trained on its teacher's distributions.
-# in:  a teacher, <results>/{teacher}/students/{student}/merged/ (or refit/, where the config has it),
+# in:  a teacher, <results>/{teacher}/students/{student}/merged/ (pruned/ or initial/ of a baseline; refit/
+#      or align/, where the config has it),
 #      tokens/distillation.safetensors; teacher-logits/{logits}/ for a recipe that has them stored
 # out: <results>/{teacher}/students/{student}/{recipe}/
 #
@@ -9,13 +10,14 @@
 #
 # On how many GPUs and nodes it runs is no parameter, nor what starts it: another repeats nothing.
 
+import shlex
+
 from m2d.pipeline.settings import logits_name
 
 
 def undistilled(wildcards):
-    """The student that distillation starts from: refitted where the config asks for it."""
-    refitted = "refit" in choices.settings_of(config, wildcards.student)
-    variant = "refit" if refitted else "merged"
+    """The student that distillation starts from: repaired where the config asks for it."""
+    variant = runs.undistilled(config, wildcards.student)
     return f"<results>/{wildcards.teacher}/students/{wildcards.student}/{variant}"
 
 
@@ -65,7 +67,7 @@ rule distill_student:
     benchmark:
         "<benchmarks>/distill_student/{teacher}/{student}/{recipe}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=sized("distill_student", "gpu"),
@@ -74,13 +76,15 @@ rule distill_student:
         processes=sized("distill_student", "processes"),
         mem_mb=sized("distill_student", "mem_mb"),
         runtime=sized("distill_student", "runtime"),
+        # As words of a shell, quoted; a resource, since another launcher repeats nothing.
+        launcher=shlex.join(LAUNCHER),
     params:
         model=model_of,
         options=recipe_options,
         code=distill_code,
     shell:
         """
-        {LAUNCHER:q} {resources.nodes:q} {resources.processes:q} {resources.runtime:q} \
+        {resources.launcher} {resources.nodes:q} {resources.processes:q} {resources.runtime:q} \
             distill {input.student:q} {params.model:q} {output:q} \
             --tokens {input.tokens:q} {params.options:q} 2>{log:q}
         """

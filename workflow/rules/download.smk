@@ -12,7 +12,7 @@ rule download_teacher:
         "<benchmarks>/download_teacher/{teacher}.tsv"
     localrule: True
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     params:
         model=model_of,

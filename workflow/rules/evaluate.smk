@@ -34,7 +34,7 @@ for name, (evaluation, tasks) in evaluation_jobs(config).items():
         benchmark:
             f"<benchmarks>/evaluate_teacher/{{teacher}}/{name}.tsv"
         conda:
-            "../envs/m2d.yaml"
+            ENVIRONMENT
         threads: 1
         resources:
             gpu=sized("evaluate_teacher", "gpu", evaluation=name),
@@ -67,7 +67,7 @@ for name, (evaluation, tasks) in evaluation_jobs(config).items():
         benchmark:
             f"<benchmarks>/evaluate_student/{{teacher}}/{{student}}/{{variant}}/{name}.tsv"
         conda:
-            "../envs/m2d.yaml"
+            ENVIRONMENT
         threads: 1
         resources:
             gpu=sized("evaluate_student", "gpu", evaluation=name),

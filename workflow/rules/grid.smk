@@ -21,7 +21,7 @@ checkpoint measure_grid:
     benchmark:
         "<benchmarks>/measure_grid/{teacher}/{scoring}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=sized("measure_grid", "gpu"),
@@ -36,6 +36,7 @@ checkpoint measure_grid:
         ranking=ranking_digest,
         code=teacher_code(
             "m2d.students.grid",
+            scoring=[],
             grouping=config["grid"]["groupings"],
             scaling=config["grid"]["scalings"],
         ),

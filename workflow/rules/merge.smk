@@ -12,20 +12,22 @@ def students_of_kind(*kinds):
 def merge_settings(wildcards):
     """What of a student's settings its merging reads."""
     student = student_of(wildcards)
-    return {key: student[key] for key in ("scoring", "grouping", "scaling", "keep")}
+    keys = ("scoring", "grouping", "scaling", "keep", "groups")
+    return {key: student[key] for key in keys if key in student}
 
 
 def merge_code(wildcards):
     student = student_of(wildcards)
     uses = {kind: [student[kind]] for kind in ("grouping", "scaling")}
-    return teacher_code("m2d.students.merge", **uses)(wildcards)
+    return teacher_code("m2d.students.merge", scoring=[], neurons=[], **uses)(wildcards)
 
 
 rule merge_student:
     """Write one student."""
     input:
         statistics="<results>/{teacher}/statistics.parquet",
-        gram="<results>/{teacher}/gram.safetensors",
+        gram=lambda wildcards: f"<results>/{{teacher}}/gram{folded(student_of(wildcards))}.safetensors",
+        fold=lambda wildcards: fold_of(wildcards, student_of(wildcards).get("fold")),
         ranking=ranking_of,
         choice=choice_of,
         teacher=teacher_files,
@@ -40,7 +42,7 @@ rule merge_student:
             [students_of_kind("experts", "chosen"), choices.BEST, choices.DESCRIBED]
         ),
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=sized("merge_student", "mem_mb"),
@@ -48,11 +50,14 @@ rule merge_student:
     params:
         model=model_of,
         student=merge_settings,
+        groups=lambda wildcards: as_options(student_of(wildcards), ["groups"]),
+        fold=fold_options,
         ranking=ranking_digest,
         code=merge_code,
     shell:
         """
         m2d merge {params.model:q} {output:q} --statistics {input.statistics:q} --gram {input.gram:q} \
             --ranking {input.ranking:q} --grouping {params.student[grouping]:q} \
-            --scaling {params.student[scaling]:q} --keep {params.student[keep]:q} 2>{log:q}
+            --scaling {params.student[scaling]:q} --keep {params.student[keep]:q} \
+            {params.groups:q} {params.fold:q} 2>{log:q}
         """

@@ -8,6 +8,9 @@ rule measure_neurons:
     """Routed contribution of every intermediate neuron, and a greedy order where asked for."""
     input:
         calibration="<results>/{teacher}/tokens/calibration.safetensors",
+        fold=lambda wildcards: fold_of(
+            wildcards, wildcards.neurons.partition("-fold-")[2]
+        ),
         teacher=teacher_files,
     output:
         "<results>/{teacher}/neurons/{neurons}.safetensors",
@@ -16,7 +19,7 @@ rule measure_neurons:
     benchmark:
         "<benchmarks>/measure_neurons/{teacher}/{neurons}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=sized("measure_neurons", "gpu"),
@@ -26,11 +29,14 @@ rule measure_neurons:
         model=model_of,
         neurons=lambda wildcards: commands.neurons_options(wildcards.neurons),
         options=compute_options,
-        code=teacher_code("m2d.statistics.neurons"),
+        fold=fold_options,
+        code=lambda wildcards: teacher_code(
+            "m2d.statistics.neurons", neurons=[wildcards.neurons.split("-")[0]]
+        )(wildcards),
     shell:
         """
         m2d neurons {params.model:q} {output:q} --tokens {input.calibration:q} \
-            {params.neurons:q} {params.options:q} 2>{log:q}
+            {params.neurons:q} {params.fold:q} {params.options:q} 2>{log:q}
         """
 
 
@@ -41,6 +47,7 @@ rule merge_neurons:
             f"<results>/{wildcards.teacher}/neurons/"
             f"{commands.neurons_name(student_of(wildcards))}.safetensors"
         ),
+        fold=lambda wildcards: fold_of(wildcards, student_of(wildcards).get("fold")),
         teacher=teacher_files,
     output:
         directory("<results>/{teacher}/students/{student}/merged"),
@@ -51,7 +58,7 @@ rule merge_neurons:
     wildcard_constraints:
         student=students_of_kind("neurons"),
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=sized("merge_neurons", "mem_mb"),
@@ -60,11 +67,16 @@ rule merge_neurons:
         model=model_of,
         choice=lambda wildcards: student_of(wildcards)["neurons"],
         size=lambda wildcards: as_options(student_of(wildcards), commands.SIZE_KEYS),
+        fold=fold_options,
         code=lambda wildcards: teacher_code(
-            "m2d.students.merge", neurons=[student_of(wildcards)["neurons"]]
+            "m2d.students.merge",
+            scoring=[],
+            grouping=[],
+            scaling=[],
+            neurons=[student_of(wildcards)["neurons"]],
         )(wildcards),
     shell:
         """
         m2d merge {params.model:q} {output:q} --neurons {input.neurons:q} \
-            --choice {params.choice:q} {params.size:q} 2>{log:q}
+            --choice {params.choice:q} {params.size:q} {params.fold:q} 2>{log:q}
         """

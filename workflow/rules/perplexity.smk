@@ -15,7 +15,7 @@ rule measure_teacher:
     benchmark:
         "<benchmarks>/measure_teacher/{teacher}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=sized("measure_teacher", "gpu"),
@@ -45,7 +45,7 @@ rule measure_student:
     benchmark:
         "<benchmarks>/measure_student/{teacher}/{student}/{variant}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=sized("measure_student", "gpu"),

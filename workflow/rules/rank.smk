@@ -22,7 +22,8 @@ def rankings_in(results, wildcards):
         if "scoring" in wildcards.keys()
         else choices.scorings_of(config, teacher, wildcards.student)
     )
-    return [f"{results}/{teacher}/rankings/{scoring}.json" for scoring in scorings]
+    own = "" if "scoring" in wildcards.keys() else folded(student_of(wildcards))
+    return [f"{results}/{teacher}/rankings{own}/{scoring}.json" for scoring in scorings]
 
 
 def ranking_of(wildcards):
@@ -59,7 +60,33 @@ checkpoint rank_experts:
     benchmark:
         "<benchmarks>/rank_experts/{teacher}/{scoring}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=lambda wildcards, attempt: 10 * attempt,
+    params:
+        code=lambda wildcards: code("m2d.statistics.rank", scoring=[wildcards.scoring]),
+    shell:
+        """
+        m2d rank {output:q} --statistics {input.statistics:q} --gram {input.gram:q} \
+            --scoring {wildcards.scoring:q} 2>{log:q}
+        """
+
+
+checkpoint rank_folded_experts:
+    """Order the folded experts of every layer by one scoring method."""
+    input:
+        statistics="<results>/{teacher}/statistics.parquet",
+        gram="<results>/{teacher}/gram-fold-{fold}.safetensors",
+    output:
+        "<results>/{teacher}/rankings-fold-{fold}/{scoring}.json",
+    log:
+        "<logs>/rank_folded_experts/{teacher}/{fold}/{scoring}.log",
+    benchmark:
+        "<benchmarks>/rank_folded_experts/{teacher}/{fold}/{scoring}.tsv"
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,

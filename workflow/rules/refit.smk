@@ -24,7 +24,7 @@ rule refit_student:
     benchmark:
         "<benchmarks>/refit_student/{teacher}/{student}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=sized("refit_student", "gpu"),

@@ -40,7 +40,7 @@ rule compute_statistics:
         teacher=any_of(name for name in config["teachers"] if not shares_of(name)),
     cache: "omit-software"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=sized("compute_statistics", "gpu"),
@@ -72,7 +72,7 @@ rule compute_gram:
         teacher=any_of(name for name in config["teachers"] if not shares_of(name)),
     cache: "omit-software"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=sized("compute_gram", "gpu"),
@@ -107,7 +107,7 @@ rule compute_share:
         share="[0-9]+",
         shares="[0-9]+",
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=sized("compute_share", "gpu"),
@@ -138,7 +138,7 @@ rule combine_statistics:
         teacher=any_of(filter(shares_of, config["teachers"])),
         statistics=any_of(SHARED_BY),
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=2000,

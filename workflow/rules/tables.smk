@@ -30,7 +30,7 @@ rule make_tables:
     benchmark:
         "<benchmarks>/make_tables/{pipeline}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
@@ -73,7 +73,7 @@ rule draw_figures:
     benchmark:
         "<benchmarks>/draw_figures/{pipeline}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
@@ -112,7 +112,7 @@ rule write_cards:
     benchmark:
         "<benchmarks>/write_cards/{pipeline}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,

@@ -10,6 +10,12 @@ for pipeline in config["pipelines"]:
             results_of(pipeline),
 
 
+rule all:
+    """Every pipeline."""
+    input:
+        [results_of(pipeline) for pipeline in config["pipelines"]],
+
+
 rule tables:
     """The tables, figures and model cards of every pipeline."""
     input:

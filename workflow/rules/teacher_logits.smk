@@ -31,7 +31,7 @@ rule clear_teacher_logits:
         "<logs>/clear_teacher_logits/{teacher}/{logits}.log",
     localrule: True
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     params:
         options=logits_options,
         code=teacher_code("m2d.distill.teacher_logits"),
@@ -54,7 +54,7 @@ rule store_teacher_logits:
     benchmark:
         "<benchmarks>/store_teacher_logits/{teacher}/{logits}/{part}-of-{parts}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         gpu=sized("store_teacher_logits", "gpu"),

@@ -37,7 +37,7 @@ rule make_tokens:
     benchmark:
         "<benchmarks>/make_tokens/{teacher}/{tokens}.tsv"
     conda:
-        "../envs/m2d.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=sized("make_tokens", "mem_mb"),
