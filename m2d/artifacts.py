@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from m2d.errors import UserError
+from m2d.errors import UserError, first_line
 
 
 @contextlib.contextmanager
@@ -37,6 +38,21 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
         fsync(final.parent)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def make_own_folder(folder: Path) -> None:
+    """Make a work folder. Raises UserError where something else has its name."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder}: is in the way of a work folder; remove it")
+
+
+def scratch_folder(out: str | Path) -> tempfile.TemporaryDirectory:
+    """A folder beside an output, on the same disk, for the steps on the way to it."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
 
 
 # The process's umask can only be read by setting it, which threads would see.
@@ -78,14 +94,76 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read JSON, or raise a UserError that names the file."""
+# More than any file of a model or of a run; beyond it, a mistake or a trap.
+LONGEST_JSON = 2**30
+
+
+def require_regular(path: str | Path) -> Path:
+    """Raise a UserError unless this is a file; reading a pipe or a device would never end."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: " + ("not a regular file" if path.exists() else "no such file"))
+    return path
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, what: str) -> Iterator[None]:
+    """The border at which a file's content is taken apart: what fails in here is the file's fault.
+
+    Raises UserError, "PATH: not WHAT (REASON)", for whatever a damaged or foreign file makes its
+    reader raise; `--debug` shows that too.
+    """
+    require_regular(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: not {what} ({explained(error)})") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of libraries written in Rust
+            raise
+        raise UserError(f"{path}: not {what} ({first_line(error)})") from error
+
+
+def explained(error: Exception) -> str:
+    """What was wrong with a file, in words, from the exception that its reader met."""
+    if isinstance(error, KeyError):
+        return f"it lacks {first_line(error, 100)}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, UnicodeEncodeError):
+        return "a text in it holds half a surrogate pair"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+    return first_line(error)
+
+
+def read_json(path: str | Path, *, constants: bool = True) -> Any:
+    """Read JSON, or raise a UserError that names the file.
+
+    constants: whether NaN and Infinity, which JSON proper has not, are numbers.
+    """
+    with reading(path, "readable as JSON"):
+        with Path(path).open(encoding="utf-8-sig") as stream:
+            text = stream.read(LONGEST_JSON + 1)
+        if len(text) > LONGEST_JSON:
+            raise UserError(f"{path}: more than {LONGEST_JSON:,} characters of JSON")
+        value = json.loads(text) if constants else json.loads(text, parse_constant=_no_constant)
+        if "\\ud" in text.lower():  # half a surrogate pair is no text, and cannot be written
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no JSON")
+
+
+def finite(value: Any, what: str) -> float:
+    """A number of a file; ValueError where it is none, or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{what} is {str(value)[:40]!r}, and must be a number")
+    return value
 
 
 def sha256_of(path: str | Path) -> str:

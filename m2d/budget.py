@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -209,7 +209,7 @@ def _student_step(teacher: Teacher, dtype: torch.dtype, device: torch.device, wi
     held_out = torch.zeros(len(inputs), dtype=torch.bool, device=device)
     weights = torch.ones(len(inputs), 1, device=device)
     examples = Examples(inputs, inputs, weights, held_out)
-    dense = teacher.family.__class__(**{**teacher.family.__dict__, "one_expert": False})
+    dense = replace(teacher.family, student_experts=0)
     taken = math.inf
     for _ in range(2):
         start = time.perf_counter()

@@ -10,8 +10,10 @@ import signal
 import sys
 
 from m2d import __version__
-from m2d.errors import UserError
+from m2d.claims import claimed, describe_failure
+from m2d.errors import UserError, shortened
 from m2d.gpus import take_gpu
+from m2d.renamed import with_new_names
 
 COMMANDS = {
     "convert": ("m2d.conversion", "turn a teacher into a dense student, in one call"),
@@ -20,7 +22,10 @@ COMMANDS = {
         "m2d.pipeline.estimate",
         "what a target of the workflow will take, before it runs",
     ),
+    "doctor": ("m2d.doctor", "what m2d will use on this machine, and what a target would lack"),
     "download": ("m2d.models.download", "fetch a model from the hub into its cache"),
+    "init": ("m2d.pipeline.init", "write a config of the workflow for a teacher of your own"),
+    "workflow": ("m2d.pipeline.place", "where the workflow's Snakefile is"),
     "tokenize": ("m2d.tokens.tokenize", "make a token file from text"),
     "stats": ("m2d.statistics.routing", "routing statistics of every layer and expert"),
     "gram": ("m2d.statistics.gram", "Gram statistics of every layer's experts"),
@@ -43,6 +48,7 @@ COMMANDS = {
         "store a teacher's logits for many distillations",
     ),
     "evaluate": ("m2d.evaluate.lm_eval", "score a model on one lm-eval task"),
+    "verify": ("m2d.verify", "whether artifacts are what was written, and of one teacher"),
     "card": ("m2d.report.cards", "renew a student's model card with its scores"),
     "tables": ("m2d.report.tables", "gather results into tables"),
     "figures": ("m2d.report.figures", "draw the figures of the tables"),
@@ -50,23 +56,14 @@ COMMANDS = {
 }
 
 
-# What commands and options were called before; each is still understood, with a line that says so.
-RENAMED = {"calibrate": "tokenize", "outputs": "teacher-logits", "plan": "estimate"}
-RENAMED_OPTIONS = {"--calibration": "--tokens", "--teacher-outputs": "--teacher-logits"}
-
-
-def with_new_names(arguments: list[str]) -> list[str]:
-    """The words of a command line, commands and options of earlier releases replaced by today's."""
-    command = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
-    new = []
-    for i, word in enumerate(arguments):
-        option, equals, value = word.partition("=")
-        now = RENAMED.get(word) if i == command else RENAMED_OPTIONS.get(option)
-        if now:
-            print(f"m2d: {option} is now called {now}", file=sys.stderr)
-            word = now + equals + value
-        new.append(word)
-    return new
+# Packages that m2d alone does not bring -> the extra that does (pyproject.toml).
+EXTRAS = {
+    **dict.fromkeys(("matplotlib", "snakemake", "tabulate"), "workflow"),
+    **dict.fromkeys(("datasets", "deepspeed", "tensorboard"), "distill"),
+    "lm_eval": "eval",
+    "vllm": "vllm",
+    "liger_kernel": "liger",
+}
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -85,24 +82,57 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """One line for a package that an extra brings; None for any other."""
+    name = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(name)
+    if extra is None:
+        return None
+    return f"needs {name}, which is not installed; pip install 'm2d[{extra}]'"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 2 bad input, 130 interrupted."""
     arguments = with_new_names(sys.argv[1:] if arguments is None else arguments)
     command = next((word for word in arguments if not word.startswith("-")), None)
-    args = build_parser(command).parse_args(arguments)
+    try:
+        args = build_parser(command).parse_args(arguments)
+    except ModuleNotFoundError as error:
+        reason = missing_extra(error)
+        if reason is None or "--debug" in arguments:
+            raise
+        print(f"m2d {command}: error: {reason}", file=sys.stderr)
+        return 2
     # A terminated run unwinds like an interrupted one, so that no temporary file remains.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        take_gpu(args.command)
-        importlib.import_module(COMMANDS[args.command][0]).main(args)
+        with claimed(args):
+            take_gpu(args.command)
+            importlib.import_module(COMMANDS[args.command][0]).main(args)
     except UserError as error:
-        if args.debug:
+        return failed(args, str(error))
+    except (OSError, MemoryError, RecursionError) as error:
+        return failed(args, describe_failure(error))
+    except ModuleNotFoundError as error:
+        reason = missing_extra(error)
+        if reason is None:
             raise
-        print(f"m2d {args.command}: error: {error}", file=sys.stderr)
-        return 2
+        return failed(args, reason)
+    except RuntimeError as error:  # what torch has for memory
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        return failed(args, describe_failure(error))
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def failed(args: argparse.Namespace, reason: str) -> int:
+    """Say in one line, of bounded length, why a command ends; the exit code."""
+    if args.debug:
+        raise
+    print(f"m2d {args.command}: error: {shortened(reason)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """One call from teacher to student: calibrate, fold, score, choose, merge, refit and align."""
 
 import argparse
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from m2d.artifacts import require_absent, sha256_of
+from m2d.artifacts import require_absent, scratch_folder, sha256_of
 from m2d.budget import choose, describe_choice, measure_speed, parse_budget
 from m2d.choose.grouping import GROUPINGS
 from m2d.choose.layer_statistics import LayerStatistics
@@ -17,11 +16,13 @@ from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.plan import Plan, check_keep, make_plan
 from m2d.choose.scaling import SCALINGS
 from m2d.choose.scoring import SCORINGS
+from m2d.devices import compute_dtype, dtype_name, pick_device
 from m2d.errors import UserError
 from m2d.models.folded import Folds
+from m2d.models.resume import Keeper, Kept, Together, Totals, identity, remove_kept
 from m2d.models.stream import StreamedTeacher
-from m2d.models.teacher import Teacher, open_teacher, pick_device, pick_dtype
-from m2d.options import add_compute_options, positive
+from m2d.models.teacher import STUDENT_CLASSES, Teacher, open_teacher
+from m2d.options import AUTO, add_compute_options, add_student_options, positive
 from m2d.progress import say
 from m2d.recipes import RECIPES, settled
 from m2d.refit.align import AlignSettings, align_student
@@ -32,7 +33,7 @@ from m2d.statistics.gram import GramTotals
 from m2d.statistics.neurons import collect
 from m2d.statistics.routing import RoutingTotals
 from m2d.students.merge import write_student
-from m2d.students.widths import add_width_options, chosen_width
+from m2d.students.widths import add_groups_option, add_width_options, chosen_width
 from m2d.tokens.encode import BOS
 from m2d.tokens.files import cut_to, read_tokens
 from m2d.tokens.tokenize import add_text_options, tokens_from
@@ -50,6 +51,7 @@ def convert(
     grouping: str = GROUPINGS.default,
     scaling: str | None = None,
     keep: int | None = None,
+    groups: int | None = None,
     granularity: str | None = None,
     choice: str | None = None,
     width: int | None = None,
@@ -68,9 +70,11 @@ def convert(
     column: str | None = None,
     bos: str = BOS[0],
     budget: str | None = None,
-    dtype: str | None = None,
+    dtype: str = AUTO,
     device: str | None = None,
     batch: int = 8,
+    student_class: str = STUDENT_CLASSES[0],
+    text_only: bool = False,
 ) -> Path:
     """Convert an MoE teacher into a dense student's folder, and return that folder.
 
@@ -78,7 +82,8 @@ def convert(
     recipe: "paper", or "best": greedy neurons, fold, sequential refit and alignment. What else is
     given takes the place of what the recipe says.
     scoring, grouping, scaling: identifiers or the paper's terms. keep: K, experts kept in each
-    layer; the router's top-k by default, which copies them exactly.
+    layer; as many as there are groups by default, which copies them exactly. groups: the student's
+    width in experts, the router's top-k by default; K experts are merged into so many.
     granularity: "experts", or "neurons" to keep single neurons of all experts instead, by `choice`
     "contribution" or "greedy": `width` of a layer, or as many as a student of `params` parameters
     has (default: the width of the router's top-k); the student's FFN is a multiple of `multiple`
@@ -93,7 +98,11 @@ def convert(
     m2d tokenize.
     budget: "30min" of time or "2M" tokens, from which sequences and align follow; the recipe is
     then "best" unless another one is named.
-    dtype: of the computation and of the student; the checkpoint's by default.
+    dtype: of the computation; "auto" is the checkpoint's where the device is fast in it, else
+    float32. The student is written in the checkpoint's.
+    student_class: "sibling" for a dense class wherever one is known, "same" for the teacher's own
+    class with experts that every token takes. text_only: of a teacher with other parts, such as a
+    vision tower, the text model alone.
 
     Raises UserError on bad input, before anything is written.
     """
@@ -115,6 +124,7 @@ def convert(
         ("fold", how.fold or MODES[0], MODES),
         ("granularity", how.granularity, GRANULARITIES),
         ("choice", how.choice, CHOICES),
+        ("student class", student_class, STUDENT_CLASSES),
     ):
         if value not in known:
             raise UserError(f"unknown {kind} {value!r}; known: {', '.join(known)}")
@@ -124,9 +134,10 @@ def convert(
         "scaling": SCALINGS.resolve(how.scaling or SCALINGS.default),
     }
     require_absent(out)
-    opened = open_teacher(teacher)
-    check_size(opened, how.granularity, keep, width, params, multiple)
-    compute_dtype, chosen_device = pick_dtype(dtype, opened.dtype), pick_device(device)
+    opened = open_teacher(teacher, student_class=student_class, text_only=text_only)
+    check_size(opened, how.granularity, keep, groups, width, params, multiple)
+    chosen_device = pick_device(device)
+    computed_in = compute_dtype(dtype, opened.dtype, chosen_device)
 
     vocabulary = opened.config.get_text_config().vocab_size
     if tokens is not None and (column is not None or bos != BOS[0]):
@@ -152,9 +163,7 @@ def convert(
                 else None
             )
             path = neurons or opened.top_k * opened.expert_width
-            speed = measure_speed(
-                reopened(opened), how, probe, batch, path, compute_dtype, chosen_device
-            )
+            speed = measure_speed(opened, how, probe, batch, path, computed_in, chosen_device)
         fits = choose(limit, how, probe.shape[1], speed)
         input_ids = at_most(fits.sequences)
         how = replace(how, align=fits.steps)
@@ -168,44 +177,56 @@ def convert(
         raise UserError(
             "fold, refit and align need at least 2 sequences: some to fit, some to hold out"
         )
-    stream = StreamedTeacher(opened, compute_dtype, chosen_device)
-    folds = collect_folds(stream, input_ids, batch, how.fold, how.alpha) if how.fold else None
+    stream = StreamedTeacher(opened, computed_in, chosen_device)
+    what = identity(opened.folder, input_ids, batch, computed_in, fold=how.fold, alpha=how.alpha)
+
+    def keep_pass(kind: str, totals: Totals) -> Kept:
+        return Kept(out, totals, {**what, "kind": kind})
+
+    folds = None
+    if how.fold:
+        folds = collect_folds(stream, input_ids, batch, how.fold, how.alpha, keep=keep_pass)
     if how.granularity == "neurons":
         neurons = chosen_width(opened, width, params, multiple)
         greedy = neurons if how.choice == "greedy" else None
-        layers = collect(stream, input_ids, batch, greedy, folds=folds)
+        layers = collect(stream, input_ids, batch, greedy, folds=folds, keep=keep_pass)
         plan = neuron_plan(layers, neurons, how.choice)
     else:
         if how.scaling is None and any(fold.folds for fold in (folds or {}).values()):
             methods["scaling"] = "least_squares"  # m / k is of experts under a router
-        plan = plan_of_experts(stream, input_ids, batch, keep or opened.top_k, folds, **methods)
+        keep = keep or groups or opened.top_k
+        plan = plan_of_experts(
+            stream, input_ids, batch, keep, folds, keep_pass, **methods, groups=groups
+        )
     about = {"source": source, "sequences": input_ids.shape[0], "length": input_ids.shape[1]}
     if tokens is not None:
         about["sha256"] = sha256_of(tokens)
+    about["compute_dtype"] = dtype_name(computed_in)
     record: dict[str, Any] = {"calibration": about}
     if recipe:
         record["recipe"] = recipe
     if how.fold and folds is not None:
         record["fold"] = fold_record(how.fold, input_ids, folds)
-    disk_dtype = compute_dtype if dtype else None
     if not how.refit and not how.align:
-        return write_student(opened, plan, out, disk_dtype, record, folds)
+        written = write_student(opened, plan, out, None, record, folds)
+        remove_kept(out)
+        return written
     # What lies between is kept where the result will be, on the same disk.
-    options: dict[str, Any] = {"dtype": compute_dtype, "device": chosen_device, "batch": batch}
+    options: dict[str, Any] = {"dtype": computed_in, "device": chosen_device, "batch": batch}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".m2d-", dir=Path(out).parent) as folder:
-        last = write_student(opened, plan, Path(folder) / "merged", disk_dtype, record, folds)
+    with scratch_folder(out) as folder:
+        last = write_student(opened, plan, Path(folder) / "merged", None, record, folds)
         if how.refit:
-            fresh = reopened(opened)
             found = refit_student(
-                fresh, last, input_ids, how.refit, weighting=how.weighting, **options
+                opened, last, input_ids, how.refit, weighting=how.weighting, **options
             )
-            about_refit = refit_record(how.refit, input_ids, found, compute_dtype, how.weighting)
+            about_refit = refit_record(how.refit, input_ids, found, computed_in, how.weighting)
             target = Path(folder) / "refitted" if how.align else out
             last = write_refitted(last, target, opened.family, found, about_refit)
         if how.align:
             settings = AlignSettings(steps=how.align)
-            last = align_student(reopened(opened), last, out, input_ids, settings, **options)
+            last = align_student(opened, last, out, input_ids, settings, **options)
+    remove_kept(out)
     return last
 
 
@@ -221,33 +242,29 @@ def calibration_at_most(calibration: Callable[[int | None], Tensor]) -> Callable
     return at_most
 
 
-def reopened(teacher: Teacher) -> Teacher:
-    """The same teacher anew: a stream takes the layers of the one that it is given apart."""
-    fresh = open_teacher(teacher.folder)
-    fresh.name = teacher.name
-    return fresh
-
-
 def check_size(
     teacher: Teacher,
     granularity: str,
     keep: int | None,
+    groups: int | None,
     width: int | None,
     params: int | None,
     multiple: int | None,
 ) -> None:
     """Raises UserError unless these options go together and fit the teacher."""
     if granularity == "neurons":
-        if keep is not None:
-            raise UserError("--keep counts experts; with --granularity neurons give --width")
+        for name, value in (("--keep", keep), ("--groups", groups)):
+            if value is not None:
+                raise UserError(f"{name} counts experts; with --granularity neurons give --width")
         chosen_width(teacher, width, params, multiple)
         return
     if width is not None or params is not None:
         raise UserError(
-            "a student of whole experts has the width of the router's top-k; for another one give "
-            "--granularity neurons with --width or --params"
+            "the width of a student of whole experts goes by --groups; --width and --params are "
+            "for --granularity neurons"
         )
-    check_keep(teacher.top_k if keep is None else keep, teacher.top_k, teacher.num_experts)
+    least = groups or teacher.top_k
+    check_keep(least if keep is None else keep, teacher.top_k, teacher.num_experts, groups)
 
 
 def plan_of_experts(
@@ -256,29 +273,32 @@ def plan_of_experts(
     batch: int,
     keep: int,
     folds: Folds | None = None,
+    keep_pass: Keeper | None = None,
     *,
     scoring: str,
     grouping: str,
     scaling: str,
+    groups: int | None = None,
 ) -> Plan:
     """The plan by these methods, from one pass of tokens [S, T]."""
-    layers = collect_statistics(stream, tokens, batch, folds)
+    layers = collect_statistics(stream, tokens, batch, folds, keep_pass)
     rankings = [SCORINGS[scoring](layer) for layer in layers]
-    return make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring)
+    return make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring, groups=groups)
 
 
 def collect_statistics(
-    stream: StreamedTeacher, tokens: Tensor, batch: int, folds: Folds | None = None
+    stream: StreamedTeacher,
+    tokens: Tensor,
+    batch: int,
+    folds: Folds | None = None,
+    keep_pass: Keeper | None = None,
 ) -> list[LayerStatistics]:
     """Both kinds of statistics of every MoE layer, from one pass of tokens [S, T]."""
     teacher = stream.teacher
     routing, gram = RoutingTotals(teacher), GramTotals(folds)
-
-    def visit(*args: Any) -> None:
-        routing.visit(*args)
-        gram.visit(*args)
-
-    stream.run(tokens, batch, visit, "calibrating, layers")
+    both = Together(routing=routing, gram=gram)
+    kept = keep_pass and keep_pass("statistics", both)
+    stream.run(tokens, batch, both.visit, "calibrating, layers", kept)
     routings, grams = routing.result(), gram.result()
     return [
         LayerStatistics(layer, teacher.top_k, routings[layer], grams[layer])
@@ -289,6 +309,7 @@ def collect_statistics(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id")
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
+    add_student_options(parser)
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
@@ -299,7 +320,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind, default, known = methods.kind, methods.default, ", ".join(methods.names())
         own = None if kind == "scaling" else default
         parser.add_argument(f"--{kind}", default=own, help=f"{known} (default: {default})")
-    parser.add_argument("--keep", type=positive, help="experts to keep, K (default: the top-k)")
+    parser.add_argument("--keep", type=positive, help="experts to keep, K (default: the groups)")
+    add_groups_option(parser)
     parser.add_argument(
         "--granularity", choices=GRANULARITIES, help="what is kept (default: experts)"
     )

@@ -4,6 +4,9 @@ import argparse
 import json
 from typing import Any
 
+from m2d.errors import UserError
+from m2d.footprint import as_lines, footprint, size
+from m2d.models.skeleton import text_key
 from m2d.models.teacher import (
     Teacher,
     count_parameters,
@@ -15,10 +18,10 @@ from m2d.models.teacher import (
     open_teacher,
     read_config,
 )
-from m2d.options import positive
+from m2d.options import add_student_options, positive
 from m2d.statistics.gram import CHUNK_BYTES
 from m2d.students.grid import paper_keeps
-from m2d.students.tensors import build_student_skeleton, student_width
+from m2d.students.tensors import build_student_skeleton, stored_shapes, student_width
 from m2d.students.widths import add_width_options, chosen_width
 
 # The interpreter and its libraries.
@@ -42,10 +45,11 @@ def inspect(
     idle = (teacher.num_experts - teacher.top_k) * expert * len(teacher.moe_layers)
     keeps = paper_keeps(teacher.top_k, teacher.num_experts)
     path = teacher.top_k * teacher.expert_width
-    first = student_row(teacher, path, keeps[0])
+    first, student = student_row(teacher, path, keeps[0])
     students = [first | {"keep": keep} for keep in keeps]
     if width is not None:
-        students.append(student_row(teacher, width, None))
+        row, student = student_row(teacher, width, None)
+        students.append(row)
     activations = sequences * length * teacher.config.hidden_size * item
     trunk = total - sum(layers)
     return {
@@ -65,8 +69,13 @@ def inspect(
         "layer_parameters": max(layers),
         "trunk_parameters": trunk,
         "student_architecture": teacher.family.student_architecture,
+        "approximated": teacher.family.approximated,
         "student_parameters": students[0]["parameters"],
         "students": students,
+        "footprint": footprint(
+            stored_shapes(teacher.skeleton, whole=True), teacher.config, total - idle
+        ),
+        "student_footprint": student,
         "conversion": {
             "calibration_tokens": sequences * length,
             "read_bytes": total * item + students[0]["parameters"] * item,
@@ -82,23 +91,29 @@ def inspect(
 def inspect_dense(model: str) -> dict[str, Any]:
     """Sizes of a dense model, such as one whose layers are to be pruned: the same keys, fewer."""
     folder = locate(model, config_only=True)
-    _, config = read_config(folder)
-    skeleton = make_skeleton(config, folder)
+    _, whole = read_config(folder)
+    config = whole.get_text_config()
+    skeleton = make_skeleton(whole, folder)
     layers = [count_parameters(layer) for layer in layers_of(skeleton)]
     total = count_parameters(skeleton)
     return {
-        "family": config.model_type,
+        "family": whole.model_type,
         "num_layers": len(layers),
         "hidden_size": int(config.hidden_size),
         "head_dim": int(
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         ),
+        "num_heads": int(config.num_attention_heads),
+        "num_kv_heads": int(
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        ),
         "vocab_size": int(config.vocab_size),
-        "dtype": str(dtype_of(config, folder)).removeprefix("torch."),
+        "dtype": str(dtype_of(whole, folder)).removeprefix("torch."),
         "teacher_parameters": total,
         "active_parameters": total,
         "layer_parameters": max(layers),
         "trunk_parameters": total - sum(layers),
+        "footprint": footprint(stored_shapes(skeleton, whole=True), config, total),
     }
 
 
@@ -109,21 +124,31 @@ def parameters_of_expert(teacher: Teacher) -> int:
     return experts // (teacher.num_experts + teacher.shared_in_experts)
 
 
-def student_row(teacher: Teacher, width: int, keep: int | None) -> dict[str, Any]:
-    """One line of `students`. keep: None for single neurons, which form no k groups."""
+def student_row(
+    teacher: Teacher, width: int, keep: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One line of `students`, and the student's footprint.
+
+    keep: None for single neurons, which form no k groups.
+    """
     _, skeleton = build_student_skeleton(teacher, width)
-    return {
+    count = count_parameters(skeleton)
+    row = {
         "keep": keep,
         "groups": teacher.top_k if keep else None,
         "intermediate_size": student_width(teacher, width),
-        "parameters": count_parameters(skeleton),
+        "parameters": count,
     }
+    config = skeleton.config.get_text_config()
+    return row, footprint(stored_shapes(skeleton, whole=True), config, count)
 
 
 def as_text(facts: dict[str, Any]) -> str:
     """The same, to read."""
     if "students" not in facts:
-        return "\n".join(f"{key.replace('_', ' '):20} {value}" for key, value in facts.items())
+        plain = {key: value for key, value in facts.items() if key != "footprint"}
+        lines = [f"{key.replace('_', ' '):20} {value}" for key, value in plain.items()]
+        return "\n".join([*lines, *as_lines(facts["footprint"], "to serve")])
     work = facts["conversion"]
     lines = [
         f"family               {facts['family']}",
@@ -131,13 +156,17 @@ def as_text(facts: dict[str, Any]) -> str:
         f"experts              {facts['num_experts']} of width {facts['expert_width']}, "
         f"top-{facts['top_k']}" + shared_text(facts["shared_width"]),
         f"teacher parameters   {facts['teacher_parameters']:,}",
-        f"student              {facts['student_architecture']}",
+        f"student              {facts['student_architecture']}"
+        + (f" (approximated: {facts['approximated']})" if facts["approximated"] else ""),
         "     K  groups  intermediate size   parameters",
         *(
             f"  {row['keep'] or '-':>4}  {row['groups'] or '-':>6}  {row['intermediate_size']:17d}"
             f"   {row['parameters']:,}"
             for row in facts["students"]
         ),
+        *text_lines(facts.get("text_student")),
+        *as_lines(facts["footprint"], "to serve the teacher"),
+        *as_lines(facts["student_footprint"], "to serve the student"),
         f"a conversion with {work['calibration_tokens']:,} calibration tokens",
         f"  reads              {size(work['read_bytes'])} (the teacher, the kept experts again)",
         f"  writes             {size(work['write_bytes'])}",
@@ -146,22 +175,36 @@ def as_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def text_lines(facts: dict[str, Any] | None) -> list[str]:
+    """What there is to say of the text student."""
+    if not facts or not facts.get("architecture"):
+        return []
+    about = f"{facts['architecture']}, {facts['parameters']:,} parameters"
+    return [f"  with --text-only   {about}"]
+
+
+def text_student(model: str) -> dict[str, Any]:
+    """Class and parameters of a composite teacher's student with --text-only."""
+    try:
+        teacher = open_teacher(model, True, text_only=True)
+    except UserError as error:
+        return {"architecture": None, "reason": str(error)}
+    row, _ = student_row(teacher, teacher.top_k * teacher.expert_width, teacher.top_k)
+    return {
+        "architecture": teacher.family.student_architecture,
+        "parameters": row["parameters"],
+        "intermediate_size": row["intermediate_size"],
+    }
+
+
 def shared_text(width: int) -> str:
     """What a dense student's FFN has besides its groups."""
     return f"; shared experts of width {width}" if width else ""
 
 
-def size(count: float) -> str:
-    """Bytes to read: 61.1 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder, config.json or hub id")
+    add_student_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--sequences", type=positive, default=512, help="of calibration")
     parser.add_argument("--length", type=positive, default=2048, help="tokens each")
@@ -170,12 +213,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if has_experts(args.teacher):
-        teacher = open_teacher(args.teacher, config_only=True)
+        teacher = open_teacher(args.teacher, True, args.student_class, args.text_only)
         asked = args.width is not None or args.params is not None
         width = None
         if asked:
             width = chosen_width(teacher, args.width, args.params, args.multiple)
         facts = inspect(teacher, args.sequences, args.length, width)
+        if text_key(teacher.skeleton.config) is not None and not args.text_only:
+            facts["text_student"] = text_student(args.teacher)
     else:
         facts = inspect_dense(args.teacher)
     print(json.dumps(facts, indent=1) if args.json else as_text(facts))

@@ -120,7 +120,7 @@ class Table(Mapping[str, F]):
         rows = ["| identifier | term | what it is |", "|---|---|---|"]
         for name, method in self.methods.items():
             summary = (method.function.__doc__ or "").split("\n\n")[0]
-            summary = " ".join(summary.split()).removeprefix(f"{method.term}: ")
+            summary = " ".join(summary.split()).removeprefix(f"{method.term}: ").replace("|", r"\|")
             own = "" if method.paper else " *Not the paper's.*"
             rows.append(f"| `{name}` | {method.term} | {summary}{own} |")
         return "\n".join(rows)

@@ -2,9 +2,29 @@
 
 import argparse
 
+AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
 # Ways to spread a model over several devices, as accelerate names them.
 SPREADS = ("auto", "balanced", "sequential")
+
+
+STUDENT_CLASSES = ("sibling", "same")
+
+
+def add_student_options(parser: argparse._ActionsContainer) -> None:
+    """--student-class and --text-only, for the commands that make students."""
+    parser.add_argument(
+        "--student-class",
+        choices=STUDENT_CLASSES,
+        default=STUDENT_CLASSES[0],
+        help="a dense class wherever one is known, or the teacher's own class with experts that "
+        "every token takes (%(default)s)",
+    )
+    parser.add_argument(
+        "--text-only",
+        action="store_true",
+        help="of a teacher with a vision tower or the like, make the text model alone",
+    )
 
 
 def positive(text: str) -> int:
@@ -21,7 +41,11 @@ def positive(text: str) -> int:
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
     """--dtype, --device and --batch, for the commands that run a model."""
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="compute in this dtype (default: the checkpoint's)"
+        "--dtype",
+        choices=(AUTO, *DTYPES),
+        default=AUTO,
+        help="compute in this dtype (auto: the checkpoint's where the device is fast in it, else "
+        "float32)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--batch", type=positive, default=8, help="sequences a step (default: 8)")

@@ -23,6 +23,7 @@ from pydantic_core import core_schema
 
 from m2d.errors import UserError
 from m2d.methods import table
+from m2d.renamed import KEYS
 
 SHOWN = 100  # characters of a user's value in an error line
 
@@ -79,6 +80,8 @@ Positive = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Number, Field(ge=0, le=1, allow_inf_nan=False)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+# auto: the checkpoint's where the device is fast in it, else float32 (m2d/devices.py)
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def checked(model: Any, values: Any, where: str = "") -> Any:
@@ -101,6 +104,8 @@ def explain(model: Any, error: ValidationError) -> str:
     if kind == "extra_forbidden":
         parent = ".".join(place[:-1])
         text = unknown(place[-1], "key", section.model_fields, of)
+        if place[-1] in KEYS:
+            text = f"the key {place[-1]} is now called {KEYS[place[-1]]}"
         return f"{parent}: {text}" if parent else text
     if kind == "missing":
         parent = ".".join(place[:-1])

@@ -1,0 +1,170 @@
+"""What a command writes: checked and claimed before it computes anything.
+
+A claim tests that the output can be written, that it is no input and nothing but a file or folder,
+keeps a second process out, and sweeps what dead runs of the same output left.
+"""
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from m2d.errors import UserError
+
+# Beside an output NAME lie hidden files with longer names while it is made.
+ROOM_IN_NAME = 48
+# Commands that write a folder; one that must be new, and one that is added to or renewed. All
+# others write a file.
+NEW_FOLDERS = ("convert", "merge", "prune", "baseline", "refit", "align", "distill")
+FOLDERS = ("teacher-logits", "tables", "figures", "card", "demo", "evaluate")
+# The files of a model's folder, which an output must never replace.
+OF_A_MODEL = re.compile(
+    r".*\.(safetensors|index\.json|model|jinja|py|txt|md)"
+    r"|(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|m2d|plan)\.json"
+)
+
+
+@contextlib.contextmanager
+def claimed(args: argparse.Namespace) -> Iterator[None]:
+    """Hold the command's output while it runs. Raises UserError where that cannot be.
+
+    Of several processes of one command, the first one holds it.
+    """
+    out = getattr(args, "out", None)
+    if out is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    out = Path(out)
+    check_kind(out, args.command)
+    check_no_input(out, args)
+    shared = getattr(args, "part", None) or (0, 1)  # which part of how many, of a shared folder
+    part = "" if shared[1] == 1 else "-".join(map(str, shared))
+    with claim(out, part):
+        yield
+
+
+def check_kind(out: Path, command: str) -> None:
+    """Raise a UserError where something else than the command's kind of output has its name."""
+    try:
+        mode = out.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    if command in NEW_FOLDERS:
+        if not stat.S_ISDIR(mode) or any(out.iterdir()):
+            raise UserError(f"{out}: exists already; name another output or remove it first")
+    elif stat.S_ISDIR(mode):
+        if command not in FOLDERS:
+            raise UserError(f"{out}: is a folder; name a file in it")
+    elif not stat.S_ISREG(mode):
+        raise UserError(f"{out}: is no regular file; name another output")
+    elif command in FOLDERS and command != "evaluate":
+        raise UserError(f"{out}: is a file; name a folder")
+
+
+def check_no_input(out: Path, args: argparse.Namespace) -> None:
+    """Raise a UserError where the output is one of the inputs, or a file of a model among them."""
+    if not out.exists():
+        return
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list | tuple) else [value]
+        for one in values:
+            if name in ("out", "command") or not isinstance(one, str | Path):
+                continue
+            place = Path(one)
+            with contextlib.suppress(OSError):
+                if not place.exists():
+                    continue
+                if place.samefile(out):
+                    raise UserError(f"{out}: is an input too; name another output")
+                within = out.resolve().is_relative_to(place.resolve())
+                is_model = place.is_dir() and (place / "config.json").exists()
+                if is_model and within and OF_A_MODEL.fullmatch(out.name):
+                    raise UserError(f"{out}: belongs to the model {place}; name another output")
+
+
+@contextlib.contextmanager
+def claim(out: str | Path, part: str = "") -> Iterator[None]:
+    """Hold an output: no other process that claims it (or the same part of it) writes it meanwhile.
+
+    Raises UserError where it is taken, or where nothing can be written.
+    """
+    out = Path(out)
+    room = os.pathconf("/", "PC_NAME_MAX") - ROOM_IN_NAME
+    if (length := len(os.fsencode(out.name))) > room:
+        raise UserError(f"{out.name[:40]}...: a name of {length} bytes; at most {room} fit")
+    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
+    lock = out.with_name(f".{out.name}.{part}{'.' if part else ''}lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(lock)
+    except BlockingIOError:
+        raise UserError(
+            f"{out}: another process is writing it; wait for it, or name another output"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    try:
+        if not part:
+            sweep(out)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
+        for folder in made:  # those that stayed empty, deepest first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _locked(lock: Path) -> int:
+    """An open, locked file; BlockingIOError where another process has it."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError as error:
+            # Some network file systems have no locks; then none is kept.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                os.close(descriptor)
+                raise
+        # The one who had it may have removed it in between: then it keeps nobody out any more.
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == lock.stat().st_ino:
+                return descriptor
+        os.close(descriptor)
+
+
+def sweep(out: Path) -> None:
+    """Remove what dead runs left of an output, or in it; only for the one who holds it."""
+    inside = list(out.glob(".*.partial")) if out.is_dir() else []
+    for left in [*out.parent.glob(f".{escape(out.name)}.*.partial"), *inside]:
+        if left.is_symlink() or not left.is_dir():
+            left.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def describe_failure(error: BaseException) -> str:
+    """One line for what the system, not the user's files, has refused."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "not enough memory; give a smaller --batch, or run it on a larger machine"
+    if isinstance(error, RecursionError):
+        return "a file is nested too deeply"
+    if isinstance(error, OSError):
+        names: list[Any] = [name for name in (error.filename, error.filename2) if name is not None]
+        reason = error.strerror or str(error) or type(error).__name__
+        return ": ".join([*map(str, names[:1]), reason])
+    return "not enough memory on the GPU; give a smaller --batch"

@@ -1,0 +1,60 @@
+"""Numbers that are known to be what was written: finite when written, digested, compared when read.
+
+A file of arrays carries a SHA-256 digest of them in its metadata, a student's folder one of every
+file in its m2d.json. Small files are compared on every reading; `m2d verify` compares all.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2d.artifacts import sha256_of
+from m2d.errors import UserError
+
+# Of a student's folder, what may change afterwards: the card is renewed with scores.
+NOT_SEALED = ("m2d.json", "README.md")
+
+
+def digest_of(arrays: Mapping[str, Any]) -> str:
+    """Of named arrays: their names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{name} {array.dtype.str} {list(np.shape(value))}\n".encode())
+        digest.update(array.data.cast("B") if array.size else b"")
+    return digest.hexdigest()
+
+
+def require_finite_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Raise a UserError where an array holds NaN or infinity."""
+    for name, value in arrays.items():
+        array = np.asarray(value)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(
+                f"{path}: {name} holds NaN or infinity, so nothing is written; do the weights and "
+                "the compute dtype go together (--dtype)?"
+            )
+
+
+def require_digest(
+    path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> None:
+    """Raise a UserError where arrays are not those that the metadata's digest is of."""
+    recorded = metadata.get("sha256")
+    if recorded is not None and recorded != digest_of(arrays):
+        raise UserError(
+            f"{path}: its numbers are not those that were written (the digest differs); the file "
+            "was changed or damaged, make it again"
+        )
+
+
+def digests_in(folder: Path) -> dict[str, str]:
+    """Path -> SHA-256 of a student's files, but for m2d.json, which holds these, and the card."""
+    return {
+        str(file.relative_to(folder)): sha256_of(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name not in NOT_SEALED
+    }
