@@ -26,6 +26,7 @@ def hand_layer(experts: int, top_k: int, n_tokens: int = 10, index: int = 0, **g
         "output_sq_norm": 1.0,
         "weight_gram": np.eye(experts),
         "router_gram": np.eye(experts),
+        "output_norm": np.ones(experts),
     }
     for name in gram:
         if name in given:
@@ -76,6 +77,7 @@ def simulate(
             float((target**2).sum() / tokens),
             parameters @ parameters.T,
             router @ router.T,
+            norm.mean(0),
         ),
     )
     return layer, output, target
@@ -96,5 +98,6 @@ def permuted(layer: LayerStatistics, order: np.ndarray) -> LayerStatistics:
             gram.output_sq_norm,
             gram.weight_gram[square],
             gram.router_gram[square],
+            None if gram.output_norm is None else gram.output_norm[order],
         ),
     )

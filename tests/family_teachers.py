@@ -191,14 +191,19 @@ def make(name: str, folder: Path, **changes: Any) -> Path:
     return MAKERS[name](folder, **changes)
 
 
-def make_uniform(name: str, folder: Path, **changes: Any) -> Path:
+def make_uniform(
+    name: str,
+    folder: Path,
+    zero: tuple[str, ...] = (".gate.weight", ".router.", "shared_expert_gate"),
+    **changes: Any,
+) -> Path:
     """A teacher that weighs all its experts alike: a router of zeros, top-k = E."""
     if name.startswith("deepseek_v3"):
         changes["topk_group"] = STOCK[name][1]["n_group"]
     make(name, folder, num_experts_per_tok=EXPERTS, **changes)
     tensors = load_file(folder / "model.safetensors")
     for key in tensors:
-        if ".gate.weight" in key or ".router." in key:
+        if any(part in key for part in zero):
             tensors[key].zero_()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import family_teachers
 import pytest
@@ -129,7 +130,9 @@ def test_every_family_comes_nearer_to_its_teacher(
     """An exact student whose FFNs are disturbed: alignment brings them back, the file loads."""
     folder = family_teachers.make_uniform(name, tmp_path / "t")
     keep = open_teacher(folder).top_k
-    made = m2d.convert(folder, tmp_path / "s", text=[tiny_text], sequences=2, length=8, keep=keep)
+    exactly: Any = {"student_class": "same"} if open_teacher(folder).family.approximated else {}
+    settings: Any = {"text": [tiny_text], "sequences": 2, "length": 8, **exactly}
+    made = m2d.convert(folder, tmp_path / "s", keep=keep, **settings)
     exact = load_file(made / "model.safetensors")
     tensors = {k: v.clone() for k, v in exact.items()}
     generator = torch.Generator().manual_seed(1)
@@ -144,8 +147,9 @@ def test_every_family_comes_nearer_to_its_teacher(
             changed.add(key)
     save_file(tensors, made / "model.safetensors", {"format": "pt"})
     tokens = torch.randint(0, VOCABULARY, (64, 16), generator=torch.Generator().manual_seed(6))
-    settings = AlignSettings(steps=20, tokens=256, learning_rate=0.05)
-    out = align_student(open_teacher(folder), made, tmp_path / "a", tokens, settings, **OPTIONS)
+    how = AlignSettings(steps=20, tokens=256, learning_rate=0.05)
+    teacher = open_teacher(folder, student=made)
+    out = align_student(teacher, made, tmp_path / "a", tokens, how, **OPTIONS)
     layers = json.loads((out / "m2d.json").read_text())["align"]["layers"]
     assert all(layer["kept"] and layer["after"] < 0.8 * layer["before"] for layer in layers)
     after = load_file(out / "model.safetensors")

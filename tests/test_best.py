@@ -58,7 +58,7 @@ def test_a_grid_that_is_written_again_is_read_again(grid: Path) -> None:
 
 
 def test_bad_files(grid: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no row has grouping output_cluster"):
+    with pytest.raises(UserError, match="no row with a finite perplexity has grouping"):
         best_configuration([grid], grouping="output_cluster")
     (tmp_path / "text.parquet").write_text("text", encoding="utf-8")
     with pytest.raises(UserError, match="not readable as a grid"):

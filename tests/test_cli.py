@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,23 @@ def test_a_kill_leaves_no_student(tiny_teacher, tiny_text, tmp_path) -> None:
     assert not out.exists()
     assert cli.main(words) == 0
     assert (out / "model.safetensors").exists()
+
+
+def test_a_command_that_needs_an_extra_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "snakemake", None)
+    (tmp_path / "config.yaml").write_text("teachers: {}\npipelines: {}")
+    assert cli.main(["estimate", "all_x", "--config", str(tmp_path / "config.yaml")]) == 2
+    line = capsys.readouterr().err
+    assert line == (
+        "m2d estimate: error: needs snakemake, which is not installed; "
+        "pip install 'm2d[workflow]'\n"
+    )
+
+
+def test_every_extra_is_one_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    for package, extra in cli.EXTRAS.items():
+        named = " ".join(project["optional-dependencies"][extra])
+        assert package.replace("_kernel", "-kernel").replace("_eval", "-eval") in named

@@ -47,11 +47,15 @@ def test_repository_config(original: dict[str, Any]) -> None:
     shots = {task: e["shots"] for e in tasks.values() for task in e["tasks"]}
     papers = {"winogrande": 5, "hellaswag": 10, "arc_easy": 25, "arc_challenge": 25, "mmlu": 5}
     assert papers.items() <= shots.items()
-    assert original["students"]["do-acp-k4"]["scoring"] == "DO-ACP"
+    assert original["students"]["do-acp-k4-refit"]["scoring"] == "DO-ACP"
 
 
-def test_paper_scale(original: dict[str, Any]) -> None:
-    teacher = original["teachers"]["qwen3-30b-a3b"]
+def test_a_teacher_needs_its_model_alone(original: dict[str, Any]) -> None:
+    """The paper's five values of K and its tokens, of nothing but a name on the hub."""
+    assert original["teachers"]["qwen3-30b-a3b"] == {"model": "Qwen/Qwen3-30B-A3B"}
+    teacher = load_config(REPOSITORY / "config.yaml")["teachers"]["qwen3-30b-a3b"]
+    assert (teacher["experts"], teacher["top_k"]) == (128, 8)
+    assert teacher["batch"] == 4
     assert teacher["tokens"]["calibration"] == {
         "dataset": "fineweb-edu",
         "sequences": 512,
@@ -72,7 +76,10 @@ def test_paper_scale(original: dict[str, Any]) -> None:
         ("recipes.demo.learning_rate", "inf", "learning_rate: 'inf': must be a finite number"),
         ("recipes.demo.steps", "1.5", "recipes.demo.steps: 1.5: must be a valid integer"),
         ("recipes.demo.steps", [1] * 999, "recipes.demo.steps: must be a valid integer"),
-        ("students.d2d.baseline", "d3d", "students.d2d.baseline: unknown value 'd3d'; allowed"),
+        ("students.d2d.baseline", "d3d", "students.d2d.baseline: unknown value 'd3d'; did you "
+         "mean d2d? allowed: d2d, random_ffn, random_init"),
+        ("students.d2d.baseline", "neurons", "students.d2d.baseline: unknown value 'neurons'; "),
+        ("students.d2d.baseline", ["d2d"], "students.d2d.baseline: unknown value \"['d2d']\"; "),
         ("recipes.demo.learning_rate", 0, "recipes.demo.learning_rate: 0: must be greater than 0"),
         ("recipes.demo.decay", "lineer", "recipes.demo.decay: unknown value 'lineer'; did you mean "
          "linear? allowed: linear, cosine, 1-sqrt"),
@@ -85,14 +92,18 @@ def test_paper_scale(original: dict[str, Any]) -> None:
         ("students.top-k8.best_of", [], "students.top-k8.best_of: "),
         ("recipes.paper-300m-stored.teacher_logits.kind", "best", "kind: unknown value 'best'"),
         ("recipes.paper-4b.gpus", 7, "paper-4b.batch: 384 is not a multiple of device_batch times"),
-        ("students.do-acp-k4.scoring", "DO-APC", "students.do-acp-k4.scoring: unknown scoring "
-         "'DO-APC'; did you mean gld_reap?"),
-        ("students.do-acp-k4.keep", 3, "students.do-acp-k4.keep: 3 experts cannot be kept of demo; "
-         "from 4 (its top_k) to 32"),
-        ("students.do-acp-k4.keep", ..., "students.do-acp-k4: the key keep of a student of "
-         "experts is missing (K, the number"),
+        ("students.do-acp-k4-refit.scoring", "DO-APC", "students.do-acp-k4-refit.scoring: unknown "
+         "scoring 'DO-APC'; did you mean gld_reap?"),
+        ("students.do-acp-k4-refit.keep", 3, "students.do-acp-k4-refit.keep: 3 experts cannot "
+         "be kept of demo; from 4 (its top_k) to 32"),
+        ("students.do-acp-k4-refit.keep", ..., "students.do-acp-k4-refit: the key keep of a "
+         "student of experts is missing (K, the number"),
         ("students.neurons-refit.keep", 4, "students.neurons-refit: unknown key 'keep' of a "
-         "student of neurons; allowed: refit, weighting, neurons, width, params, multiple"),
+         "student of neurons; allowed: fold, refit, weighting, align, neurons, width, params, "
+         "multiple"),
+        ("students.neurons-fold-align.align", 0, "students.neurons-fold-align.align: 0: must be"),
+        ("students.neurons-fold.fold", "nueron", "students.neurons-fold.fold: unknown value "
+         "'nueron'; did you mean neuron?"),
         ("students.neurons-refit", {"neurons": "greedy", "width": 8, "params": 9},
          "students.neurons-refit: width and params exclude each other"),
         ("students.neurons-refit", {"neurons": "greedy", "weighting": "equal"},
@@ -105,16 +116,24 @@ def test_paper_scale(original: dict[str, Any]) -> None:
         ("students.d2d.layers", ..., "students.d2d: the key layers of a student of d2d is missing"),
         ("students.d2d.baseline", "random_ffn", "unknown key 'layers' of a student of "
          "random_ffn; allowed: baseline"),
-        ("students.do-acp-k4.layers", 4, "students.do-acp-k4: unknown key 'layers' of a student of "
-         "experts; allowed: refit"),
+        ("students.do-acp-k4-refit.layers", 4, "students.do-acp-k4-refit: unknown key 'layers' of "
+         "a student of experts; allowed: fold, refit"),
         ("pipelines.all_baselines.teachers", ["demo"], "students.d2d is made from no teacher of "
          "it; none of demo is dense"),
         ("pipelines.all_demo.teachers", ["demo-dense"], "pipelines.all_demo.scorings: none of its "
          "teachers has experts"),
-        ("teachers.demo.experts", ..., "teachers.demo: top_k goes with experts; give all three"),
+        ("teachers.demo.model", "no/such", "teachers.demo: no/such: nothing is known of it ("),
+        ("pipelines.all_demo.each", {"all_a": "demo"}, "all_demo: needs teachers or each, one of"),
+        ("pipelines.further-teachers.each", {"all_demo": "demo"}, "all_demo stands there twice"),
+        ("pipelines.all_demo.students.0", "{sf,cp", "all_demo.students.0: '{sf,cp': a brace"),
+        ("pipelines.all_demo.students.0", "sf-k{topk}", "students.0: {topk}: neither top_k, 2*"),
+        ("pipelines.all_demo.students.0", "sf-k{2*experts}", "students.sf-k64.keep: 64 experts "
+         "cannot be kept of demo"),
+        ("pipelines.further-teachers.each", {"all_x": ["emo", "gpt-oss-20b"]}, "pipelines.all_x."
+         "distill.0.student: {sf,cp,acp,do-acp}-k{top_k}: not the same for all its teachers"),
         ("teachers.demo.keeps", [4, 33], "teachers.demo.keeps.1: 33 experts cannot be kept"),
         ("teachers.demo.shares", 9, "teachers.demo.shares: 9 jobs cannot share 8 batches (128"),
-        ("teachers.demo.top_k", 40, "teachers.demo.top_k: 40 is more than its 32 experts"),
+        ("teachers.demo.top_k", 40, "teachers.demo.top_k: 40, but "),
         ("teachers.demo.tokens.test.dataset", "demo-tst", "teachers.demo.tokens.test.dataset: "
          "unknown name in datasets 'demo-tst'; did you mean demo-test?"),
         ("teachers.demo.tokens.distillation", ..., "pipelines.all_demo.distill: "
@@ -131,6 +150,8 @@ def test_paper_scale(original: dict[str, Any]) -> None:
         ("pipelines.all_demo.distill.0.recipe", "dem", "pipelines.all_demo.distill.0.recipe: "
          "unknown name in recipes 'dem'; did you mean demo?"),
         ("evaluations.mmlu.tasks", ["winogrande"], "evaluations.mmlu.tasks: winogrande stands in"),
+        ("evaluations.mmlu.tasks", ["mmlu", "../../escaped"], "evaluations.mmlu.tasks.1: "
+         "'../../escaped' is no task's name; "),
         ("grid.groupings", ["RR", "round_robin"], "groupings: round_robin may stand"),
     ],
 )  # fmt: skip

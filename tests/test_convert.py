@@ -66,6 +66,38 @@ def test_pure_pruning_keeps_every_activation(tmp_path: Path, tiny_teacher, tiny_
             torch.testing.assert_close(down, 0.5 * experts.down_proj[group["experts"][0]])
 
 
+@pytest.mark.parametrize(("groups", "keep"), [(1, 3), (5, 5), (8, 8)])
+def test_a_student_of_any_number_of_experts(
+    groups: int, keep: int, tmp_path: Path, tiny_teacher, tiny_text
+) -> None:
+    """Narrower and wider than the router's top-k of 2."""
+    out = m2d.convert(
+        tiny_teacher, tmp_path / "s", groups=groups, keep=keep, text=[tiny_text],
+        sequences=4, length=16,
+    )  # fmt: skip
+    student, plan = load(out), json.loads((out / "plan.json").read_text())
+    assert student.config.intermediate_size == 16 * groups
+    assert json.loads((out / "m2d.json").read_text())["plan"]["groups"] == groups
+    hidden = torch.randn(7, 32)
+    for layer in plan["layers"]:
+        assert [len(layer["groups"]), sum(len(g["experts"]) for g in layer["groups"])] == [
+            groups,
+            keep,
+        ]
+        experts = load(tiny_teacher).model.layers[layer["layer"]].mlp.experts
+        expected = torch.zeros(7, 32)
+        for group in layer["groups"]:
+            gate_up, down = (
+                sum(w * tensor[e] for w, e in zip(group["weights"], group["experts"], strict=True))
+                for tensor in (experts.gate_up_proj, experts.down_proj)
+            )
+            gate, up = (hidden @ gate_up.T).chunk(2, dim=-1)
+            inner = torch.nn.functional.silu(gate) * up
+            expected += group["scale"] * inner @ down.T
+        found = student.model.layers[layer["layer"]].mlp(hidden)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_merged_groups_are_weighted_averages(tmp_path: Path, tiny_teacher, tiny_text) -> None:
     out = m2d.convert(
         tiny_teacher, tmp_path / "s", keep=8, grouping="WC", scaling="proportional",
@@ -102,15 +134,6 @@ def test_everything_but_the_experts_is_copied(tmp_path: Path, tiny_teacher, tiny
     assert not any("expert" in key for key in json.loads((out / "config.json").read_text()))
 
 
-def test_dtype(tmp_path: Path, tiny_teacher, tiny_text) -> None:
-    out = m2d.convert(
-        tiny_teacher, tmp_path / "s", text=[tiny_text], sequences=2, length=8, dtype="bfloat16"
-    )
-    tensors = load_file(out / "model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-
-
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory, tiny_teacher, tiny_text) -> Path:  # type: ignore[no-untyped-def]
     """The stages up to a ranking, run by hand."""
@@ -139,11 +162,15 @@ def merge_call(stages: Path, teacher: Path, out: Path, keep: int = 4) -> list[st
     return ["merge", str(teacher), str(out), *inputs(stages), *ranking, *choice]
 
 
-def test_stages_and_convert_give_the_same_student(stages: Path, tiny_teacher, tmp_path) -> None:
-    assert main(merge_call(stages, tiny_teacher, tmp_path / "a")) == 0
+@pytest.mark.parametrize("groups", [None, 3])
+def test_stages_and_convert_give_the_same_student(
+    groups: int | None, stages: Path, tiny_teacher, tmp_path
+) -> None:
+    wide = ["--groups", str(groups)] if groups else []
+    assert main([*merge_call(stages, tiny_teacher, tmp_path / "a"), *wide]) == 0
     m2d.convert(
         tiny_teacher, tmp_path / "b", tokens=stages / "tokens.safetensors",
-        scoring="reap", grouping="output_cluster", scaling="proportional", keep=4,
+        scoring="reap", grouping="output_cluster", scaling="proportional", keep=4, groups=groups,
     )  # fmt: skip
     by_hand, at_once = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
     assert by_hand.keys() == at_once.keys()
@@ -187,6 +214,18 @@ def test_grid_and_written_students_agree(stages: Path, tiny_teacher, tmp_path, c
         row = rows.query(f"grouping=='output_cluster' and scaling=='proportional' and keep=={keep}")
         assert written["perplexity"] == pytest.approx(row.perplexity.item(), rel=1e-6)
         assert written["n_tokens"] == row.n_tokens.item() == 8 * 15
+
+
+def test_a_grid_of_other_widths(stages: Path, tiny_teacher, tmp_path) -> None:
+    """--groups of the grid: K from the groups on; a K below them is one line."""
+    import pandas as pd
+
+    tokens, grid = str(stages / "tokens.safetensors"), str(tmp_path / "grid.parquet")
+    ranking = ["--ranking", str(stages / "reap.json"), "--tokens", tokens, "--groups", "3"]
+    call = ["grid", str(tiny_teacher), grid, *inputs(stages), *ranking, "--groupings", "RR"]
+    assert main([*call, "--keeps", "2"]) == 2
+    assert main(call) == 0
+    assert sorted(set(pd.read_parquet(grid).keep)) == [3, 6, 8]
 
 
 def test_perplexity_by_hand(tiny_teacher: Path, stages: Path, capsys) -> None:

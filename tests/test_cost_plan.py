@@ -48,7 +48,7 @@ def config(tmp_path: Path) -> dict:
         "grid": {"groupings": ["a"], "scalings": ["u"]},
         "students": {},
         "recipes": {"short": {"steps": 3, "batch": 8, "device_batch": 2, "gpus": 4}},
-        "evaluations": {"quiz": {"tasks": ["quiz"], "shots": 0, "tokens": 7}},
+        "evaluations": {"quiz": {"tasks": ["quiz"], "shots": 0, "tokens": 7, "together": False}},
         "pipelines": {"all_small": {}},
     }  # fmt: skip
 
@@ -122,15 +122,23 @@ def test_unknown_target_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    assert main(["plan", "all_hedline"]) == 2
+    assert main(["estimate", "all_hedline"]) == 2
     error = capsys.readouterr().err
     assert "m2d estimate: error: all_hedline: snakemake --dry-run failed" in error
     assert error.count("\n") == 1
 
 
-def test_elsewhere_is_one_line(
+def test_from_any_folder_with_a_config_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["plan", "all_demo"]) == 2
-    assert "run m2d estimate in the folder of the workflow" in capsys.readouterr().err
+    assert main(["estimate", "all_mine"]) == 2
+    assert "config.yaml: cannot be read (No such file" in capsys.readouterr().err
+    (tmp_path / "my config.yaml").write_text(
+        "teachers: {t: {model: openai/gpt-oss-20b}}\n"
+        "pipelines: {all_mine: {teachers: [t], students: ['{sf,cp}-k{top_k}']}}\n"
+    )
+    assert main(["estimate", "all_mine", "--config", "my config.yaml", "--json"]) == 0
+    rules = json.loads(capsys.readouterr().out)["rules"]
+    assert rules["merge_student"]["jobs"] == 2
+    assert rules["compute_gram"]["gpus"] == 1

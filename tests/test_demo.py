@@ -297,3 +297,11 @@ def test_committed_teacher_is_a_language_model() -> None:
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
     assert loss < 3.0  # a uniform guess is 8.3
+
+
+def test_the_committed_teachers_have_the_chat_template_of_a_new_one() -> None:
+    for folder in (COMMITTED, COMMITTED.with_name("demo-dense-teacher")):
+        tokenizer = teacher.load_tokenizer(folder)
+        assert tokenizer.chat_template == teacher.CHAT_TEMPLATE
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        assert tokenizer.apply_chat_template(chat, tokenize=False) == "a\n\nb\n\n"

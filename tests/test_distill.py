@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from conftest import make_tokenizer
+from distill_worker import ADAM_EPSILON, large_epsilon
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -79,6 +80,14 @@ def arguments(folder: Path, out: str, *more: str, device_batch: int = 8) -> list
 
 
 @pytest.fixture(scope="module")
+def comparable(place: Path) -> Path:
+    """The same with `large_epsilon`: what the same gradients otherwise added up agree with."""
+    with large_epsilon():
+        assert main(arguments(place, "comparable")) == 0
+    return place / "comparable"
+
+
+@pytest.fixture(scope="module")
 def whole(place: Path) -> Path:
     """One process, no accumulation, no interruption: what all others must agree with."""
     assert main(arguments(place, "whole")) == 0
@@ -102,11 +111,9 @@ def assert_same_training(out: Path, reference: Path) -> None:
         assert a["lr"] == b["lr"]
     reference_weights = weights_of(reference)
     for name, weight in weights_of(out).items():
-        # AdamW divides gradients by their own size, which magnifies the rounding of tiny ones: a
-        # weight may differ by a hundredth of what one step can move it
-        bound = LEARNING_RATE / 100
+        # Gradients, clipped to a norm of 1, are sums whose terms float32 rounds: exact to 2e-6.
+        bound = STEPS * LEARNING_RATE / ADAM_EPSILON * 2e-6
         torch.testing.assert_close(weight, reference_weights[name], rtol=0, atol=bound)
-        assert float((weight - reference_weights[name]).abs().mean()) < bound / 100
 
 
 def assert_identical(out: Path, reference: Path) -> None:
@@ -132,12 +139,13 @@ def test_the_result_is_a_stock_folder(place: Path, whole: Path) -> None:
     assert not list(place.glob(".whole*"))
 
 
-def test_accumulation_changes_nothing(place: Path, whole: Path) -> None:
-    assert main(arguments(place, "accumulated", device_batch=4)) == 0
-    assert_same_training(place / "accumulated", whole)
+def test_accumulation_changes_nothing(place: Path, comparable: Path) -> None:
+    with large_epsilon():
+        assert main(arguments(place, "accumulated", device_batch=4)) == 0
+    assert_same_training(place / "accumulated", comparable)
 
 
-def test_two_processes_agree_and_resume_bitwise(place: Path, whole: Path) -> None:
+def test_two_processes_agree_and_resume_bitwise(place: Path, comparable: Path) -> None:
     """DDP, ZeRO-2 and ZeRO-3 on two processes with accumulation 2; ZeRO-2 also stopped midway."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -153,7 +161,7 @@ def test_two_processes_agree_and_resume_bitwise(place: Path, whole: Path) -> Non
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for strategy in strategies:
-        assert_same_training(place / strategy, whole)
+        assert_same_training(place / strategy, comparable)
     assert_identical(place / "zero2-stopped", place / "zero2")
 
 
@@ -335,7 +343,7 @@ def test_models_that_do_not_fit_are_refused(
     command = arguments(place, "bad", "--teacher-top-k", "4")
     command[2] = command[1]
     assert main(command) == 2
-    assert "'qwen3' is not a Mixture-of-Experts family" in capsys.readouterr().err
+    assert "'qwen3' is not a Mixture-of-Experts model" in capsys.readouterr().err
     assert not (place / "bad").exists()
 
 

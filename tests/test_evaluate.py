@@ -410,9 +410,10 @@ def test_a_model_is_spread_over_several_gpus(
     monkeypatch.setattr(lm_eval.api.registry, "get_model", lambda name: Recorder)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("m2d.devices.pick_device", lambda _: torch.device("cpu"))
     make_dataset(tmp_path / "winogrande", winogrande, {"train": 3, "validation": 4})
     evaluate(str(model), ["winogrande"], shots=0, datasets=tmp_path)
-    assert given == [{"pretrained": str(model), "dtype": "auto", **more}]
+    assert given == [{"pretrained": str(model), "dtype": "float32", **more}]
 
 
 def test_a_folder_for_one_dataset(tmp_path: Path, model: Path) -> None:
@@ -506,6 +507,8 @@ def test_too_many_examples_are_refused(tmp_path: Path, model: Path) -> None:
     ("changes", "message"),
     [
         ({"tasks": ["hellaswagg"]}, "no such task; did you mean hellaswag"),
+        ({"tasks": ["hellaswag", "../../escaped"]}, "--task '../../escaped': is no task's name"),
+        ({"tasks": ["/tmp/escaped"]}, "--task '/tmp/escaped': is no task's name"),
         ({"tasks": ["hellaswag"]}, "dataset Rowan/hellaswag is not available"),
         ({"model": "/no/such/folder"}, "no such folder; give a model folder or a hub id"),
         ({"model": "."}, "no config.json in it"),
@@ -520,3 +523,19 @@ def test_bad_input_is_one_line(tmp_path: Path, model: Path, changes: dict, messa
     with pytest.raises(UserError, match=message) as caught:
         evaluate(**settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_task_named_like_a_path_writes_nothing_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though a definition of that name is there, which lm-eval takes."""
+    model, own = make_teacher(tmp_path / "model"), tmp_path / "own"
+    own.mkdir()
+    (own / "escaped.yaml").write_text("task: ../../escaped\ndataset_path: json\n", encoding="utf-8")
+    out = tmp_path / "a" / "b" / "out"
+    out.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    words = ["evaluate", str(model), str(out), "--include", str(own), "--task", "hellaswag"]
+    assert cli.main([*words, "--task", "../../escaped"]) == 2
+    assert "--task '../../escaped': is no task's name" in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(tmp_path.rglob("*")) == before

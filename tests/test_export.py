@@ -105,7 +105,7 @@ def test_a_converter_on_the_path_is_found(
         ({"fails": True}, (), "failed (ValueError: Can not map tensor 'model.x')"),
         ({"needs": True}, (), "needs a_package_that_is_not_there: pip install"),
         ({}, ("--converter", "nowhere"), "--converter nowhere: no such file; give --converter"),
-        ({}, ("--out", "s.bin"), "s.bin: give the file a name that ends in .gguf"),
+        ({}, ("--out", "s.bin"), "student: no model.safetensors"),
     ],
 )
 def test_what_fails_is_one_line_and_leaves_nothing(

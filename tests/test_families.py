@@ -10,7 +10,7 @@ import torch
 from conftest import VOCABULARY
 from family_quantized import edit_config
 from family_reference import Block, slow_emo, stock_blocks
-from family_teachers import EXPERTS, MAKERS, STOCK, WIDTH, make, make_uniform
+from family_teachers import EXPERTS, MAKERS, STOCK, TOP_K, WIDTH, make, make_uniform
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,14 +20,14 @@ from m2d.cli import main
 from m2d.conversion import collect_statistics
 from m2d.inspect import inspect
 from m2d.models import checkpoint
-from m2d.models.derive import describe
-from m2d.models.families import FAMILIES
+from m2d.models.families import SIBLINGS
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher, read_config
 from m2d.statistics.files import SUMS
 from m2d.students.grid import GridStudent
 from m2d.students.merge import write_student
 from m2d.students.tensors import StudentTensors
+from m2d.tokens.tokenize import tokens_from
 
 CPU = torch.device("cpu")
 STUDENTS = {
@@ -39,11 +39,11 @@ STUDENTS = {
     "mixtral": "MistralForCausalLM",
     "granitemoe": "GraniteForCausalLM",
     "olmoe": "OlmoeForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen2_moe": "Qwen2ForCausalLM",
     "emo": "LlamaForCausalLM",
     "emo_always_active": "LlamaForCausalLM",
 }
-ONE_EXPERT = {"gpt_oss", "olmoe", "qwen2_moe"}
+ONE_EXPERT = {"gpt_oss", "olmoe"}
 # Their students' gate and up projections are rows that lie together on disk.
 COPIED = {"qwen3_moe", "deepseek_v2", "glm4_moe", "mixtral", "granitemoe"}
 
@@ -145,6 +145,7 @@ def test_statistics_equal_brute_force_over_the_stock_model(name: str, teachers: 
             "router_gram": block.router.double() @ block.router.double().T,
         }
         assert found.routing.n_tokens == n
+        assert found.routing.n_selected.sum() == n * found.top_k
         assert {*SUMS, "n_selected"} < set(expected)
         for key, value in expected.items():
             part = found.routing if hasattr(found.routing, key) else found.gram
@@ -197,7 +198,7 @@ def test_streamed_logits_equal_the_loaded_models(name: str, teachers: Any) -> No
 def test_a_merged_ffn_is_the_sum_of_its_groups(name: str, tmp_path: Path, teachers: Any) -> None:
     """An average of two experts, one expert, and a part of one, each with its scale."""
     folder = teachers(name)
-    teacher = open_teacher(folder)
+    teacher = open_teacher(folder, student_class="same" if name == "qwen2_moe" else "sibling")
     groups = (
         Group((0, 3), (0.25, 0.75), 0.5),
         Group((5,), (1.0,), -0.3),
@@ -232,7 +233,7 @@ def test_a_merged_ffn_is_the_sum_of_its_groups(name: str, tmp_path: Path, teache
         for slot, scale in enumerate((0.5, -0.3, 0.7)):
             one = torch.full((len(x), 1), slot)
             expected = expected + experts(x, one, torch.full((len(x), 1), scale))
-        path = family.experts.rpartition(".")[0] if family.one_expert else family.dense
+        path = family.experts.rpartition(".")[0] if family.student_experts else family.dense
         output = student.base_model.layers[index].get_submodule(path)(x[None])
         output = output[0] if isinstance(output, tuple) else output
         torch.testing.assert_close(output.view_as(x), expected, rtol=1e-4, atol=1e-5)
@@ -377,7 +378,7 @@ def test_a_model_that_is_in_no_table_converts_exactly(
     folder = make_uniform(name, tmp_path / "teacher")
     out = m2d.convert(folder, tmp_path / "student", text=[tiny_text], sequences=2, length=12)
     student, teacher = load(out), load(folder)
-    assert type(student) is type(teacher)
+    assert type(student) is type(teacher) or name in SIBLINGS
     counts = {
         len(module.down_proj)
         for module in student.modules()
@@ -395,24 +396,75 @@ def _save_outside(folder: Path, name: str, changes: dict[str, Any]) -> Path:
     return save_stock(folder, stem, {**config, **changes})
 
 
+# What reading the class must find: the router's path, p_t, and whether logits are float32 always.
+ROUTERS = {
+    "qwen3_moe": ("mlp.gate", "softmax", False),
+    "deepseek_v2": ("mlp.gate", "softmax", True),
+    "deepseek_v3": ("mlp.gate", "sigmoid", True),
+    "glm4_moe": ("mlp.gate", "sigmoid", True),
+    "gpt_oss": ("mlp.router", "softmax", False),
+    "mixtral": ("mlp.gate", "softmax", False),
+    "granitemoe": ("block_sparse_moe.router", "softmax", True),
+    "olmoe": ("mlp.gate", "softmax", False),
+    "qwen2_moe": ("mlp.gate", "softmax", False),
+}
+
+
 @pytest.mark.parametrize("name", STOCK)
-def test_a_description_finds_what_the_table_says(name: str, teachers: Any) -> None:
+def test_a_description_finds_router_and_experts(name: str, teachers: Any) -> None:
     teacher = open_teacher(teachers(name))
-    entry = FAMILIES[name]
-    found = describe(teacher.config, teacher.skeleton, name)
-    fields = ("experts", "router", "probabilities", "biases", "transposed", "interleaved", "layers")
-    assert {f: getattr(found, f) for f in fields} == {f: getattr(entry, f) for f in fields}
-    for key in ("num_experts", "top_k", "expert_width"):
-        assert getattr(teacher.config, getattr(found, key)) == getattr(
-            teacher.config, getattr(entry, key)
+    family = teacher.family
+    assert (family.router, family.probabilities, family.router_float32) == ROUTERS[name]
+    assert (teacher.num_experts, teacher.top_k, teacher.expert_width) == (EXPERTS, TOP_K, WIDTH)
+    gpt = name == "gpt_oss"
+    assert (family.biases, family.transposed, family.interleaved) == (gpt, gpt, gpt)
+    assert family.gated
+    assert not family.scales_input
+
+
+@torch.no_grad()
+def test_the_teachers_own_class_keeps_a_gate_that_depends_on_the_token(
+    tmp_path: Path, tiny_text: Path
+) -> None:
+    """Exact with one expert, and the error of a constant in a dense student's place is said."""
+    folder = make_uniform("qwen2_moe", tmp_path / "teacher", zero=(".gate.weight",))
+    settings: Any = {"text": [tiny_text], "sequences": 2, "length": 12}
+    same = m2d.convert(folder, tmp_path / "same", student_class="same", **settings)
+    dense = m2d.convert(folder, tmp_path / "dense", **settings)
+    ids = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected = load(folder)(ids).logits
+    assert type(load(same)).__name__ == "Qwen2MoeForCausalLM"
+    assert relative_error(load(same)(ids).logits, expected) < 5e-6
+    assert relative_error(load(dense)(ids).logits, expected) > 1e-3
+    assert "gate" in json.loads((dense / "m2d.json").read_text())["approximated"]
+    plan = json.loads((dense / "plan.json").read_text())
+    teacher = open_teacher(folder)
+    gates = [layer["shared_scale"] for layer in plan["layers"]]
+    assert len(gates) == len(teacher.moe_layers)
+    # By hand: the mean of the gate over the calibration tokens, in the stock model.
+    tokens = tokens_from(folder, [tiny_text], None, 12, 2)
+    found: list[float] = []
+    model = load(folder)
+    for layer in teacher.moe_layers:
+        gate = model.model.layers[layer].mlp.shared_expert_gate
+        gate.register_forward_hook(lambda _m, _a, out: found.append(float(out.sigmoid().mean())))
+    model(tokens)
+    np.testing.assert_allclose(gates, found, rtol=1e-5)
+    # The dense student is the teacher with these constants for gates, and nothing else differs.
+    model = load(folder)
+    for layer, gate in zip(teacher.moe_layers, gates, strict=True):
+        logit = torch.tensor(gate).logit()
+        model.model.layers[layer].mlp.shared_expert_gate.register_forward_hook(
+            lambda _m, _a, out, logit=logit: torch.full_like(out, float(logit))
         )
+    assert relative_error(load(dense)(ids).logits, model(ids).logits) < 5e-6
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("qwen3_moe", {"model_type": "no_such_model"}, "'no_such_model' is not known"),
-        ("qwen3_moe", {"model_type": "qwen3"}, "not a Mixture-of-Experts family"),
+        ("qwen3_moe", {"model_type": "qwen3"}, "not a Mixture-of-Experts model"),
         ("emo", {"num_shared_experts": 2}, "num_shared_experts is 2"),
         ("qwen3_moe", {"quantization_config": {"quant_method": "hqq"}}, "quantised with 'hqq'"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "must lie between 1 and the 8 experts"),

@@ -1,6 +1,7 @@
 """Figures from a made-up run: what they show, and that they are the same each time."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from m2d import cli
 from m2d.report import plot_experts as experts
 from m2d.report import plot_grid as grid
-from m2d.report.figures import FIGURES, read_grams, read_statistics
+from m2d.report.figures import FIGURES, read_grams, read_repairs, read_statistics
 from m2d.report.plot_style import new_figure, plain_log
 from m2d.report.tables import make_tables
 
@@ -140,3 +141,22 @@ def test_labels_that_meet_go_to_the_next_line() -> None:
     """Above, below where it meets that, a second line above where it meets both."""
     assert grid.label_levels([0, 4, 8, 30], [10, 10, 10, 10]) == [0, 1, 2, 0]
     assert grid.label_levels([0, 10, 16, 20], [10, 10, 10, 10]) == [0, 0, 1, 0]
+
+
+def test_repairs_stand_by_student_those_alike_together(tmp_path: Path) -> None:
+    layers = [{"layer": i, "choice": "layer", "r2_before": 0.2, "r2_after": 0.5} for i in range(3)]
+    aligned = [{"layer": i, "before": 0.3, "after": 0.1 * i} for i in range(3)]
+    files = []
+    for student, variant, more in (
+        ("a", "merged", {}), ("b", "merged", {}),
+        ("b", "align", {"align": {"layers": aligned}}),
+        ("b", "short", {"align": {"layers": aligned}}),
+    ):  # fmt: skip
+        file = tmp_path / "t" / "students" / student / variant / "m2d.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"fold": {"layers": layers}, **more}), encoding="utf-8")
+        files.append(file)
+    folds, alignments = read_repairs(files)
+    assert list(folds) == ["a, b"]
+    assert folds["a, b"] == tuple((i, 0.2, 0.5) for i in range(3))
+    assert alignments == {"b": tuple((i, 0.3, pytest.approx(0.1 * i)) for i in range(3))}

@@ -83,7 +83,7 @@ def test_a_weight_that_a_gate_row_can_express_folds_exactly(
     width = 2 * teacher.expert_width
     options = {"scaling": "least_squares"}
     if granularity == "neurons":
-        options = {"granularity": "neurons", "choice": "greedy", "width": width}
+        options = {"granularity": "neurons", "choice": "greedy", "width": width, "multiple": 8}
     out = m2d.convert(
         folder, tmp_path / "s", tokens=calibration, fold="fixed", alpha=alpha, **options
     )

@@ -14,6 +14,7 @@ from m2d.errors import UserError
 from m2d.models.hub import is_wanted, licence_of, locate, name_of, other_files, revision_of
 from m2d.students.card import model_card
 from m2d.students.files import copy_others, tokenizer_code
+from m2d.students.record import StudentRecord
 from tests.conftest import make_teacher
 
 BESIDE = {
@@ -164,12 +165,13 @@ def test_the_licence_of_a_card(case: str, tmp_path: Path) -> None:
         file.write(text)
     found = licence_of(tmp_path)
     assert found == expected or (case == "deep" and set(found) <= {"license"})
-    card = model_card({"teacher": {"name": "acme/mini", **found}})
+    card = model_card(StudentRecord.model_validate({"teacher": {"name": "acme/mini", **found}}))
     assert card.startswith("---\n")
 
 
 def test_several_licences_stay_a_list() -> None:
-    card = model_card({"teacher": {"name": "x", "license": "mit, apache-2.0"}})
+    record = {"teacher": {"name": "x", "license": "mit, apache-2.0"}}
+    card = model_card(StudentRecord.model_validate(record))
     assert "license:\n- mit\n- apache-2.0\n" in card
 
 

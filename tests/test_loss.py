@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from m2d.distill.divergences import DIVERGENCES
 from m2d.distill.liger import liger_loss, require_liger
 from m2d.distill.loss import Head, default_chunk, distillation_loss
 from m2d.errors import UserError
@@ -84,6 +85,27 @@ def test_value_and_gradients_match_float64(divergence: str, chunk: int, variant:
     for ours, theirs in zip((student, head, own_bias), exact, strict=True):
         scale = float(theirs.grad.abs().max())
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=3e-6 * scale)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_every_divergence_comes_with_its_gradient(name: str) -> None:
+    """Against finite differences in float64; 0 between equals, positive otherwise."""
+    generator = torch.Generator().manual_seed(1)
+    z, t = (torch.randn(3, 7, generator=generator, dtype=torch.float64) for _ in "zt")
+    loss, gradient = DIVERGENCES[name](z.clone(), t.clone())
+    assert loss > 0
+    step = 1e-6
+    for place in [(0, 0), (1, 3), (2, 6)]:
+        sides = []
+        for sign in (1, -1):
+            moved = z.clone()
+            moved[place] += sign * step
+            sides.append(float(DIVERGENCES[name](moved, t.clone())[0]))
+        expected = (sides[0] - sides[1]) / (2 * step)
+        assert float(gradient[place]) == pytest.approx(expected, rel=1e-5, abs=1e-8)
+    loss, gradient = DIVERGENCES[name](z.clone(), z.clone())
+    assert abs(float(loss)) < 1e-12
+    assert float(gradient.abs().max()) < 1e-12
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from m2d import cli
 from m2d.errors import UserError
 from m2d.report import cards as card
-from m2d.students.card import model_card
+from m2d.students.card import Score, model_card
+from m2d.students.record import StudentRecord
 
 PROVENANCE = {
     "teacher": {"name": "Qwen/Qwen3-30B-A3B", "model_type": "qwen3_moe", "license": "apache-2.0"},
@@ -37,7 +38,8 @@ def front_matter(text: str) -> dict:
 
 
 def test_card_says_what_the_student_is_and_where_it_came_from() -> None:
-    text = model_card(PROVENANCE, {"mmlu, 5-shot, acc": {"value": 0.461, "stderr": 0.004}})
+    scores = {"mmlu, 5-shot, acc": Score(0.461, 0.004)}
+    text = model_card(StudentRecord(**PROVENANCE), scores)
     assert front_matter(text)["license"] == "apache-2.0"
     assert front_matter(text)["base_model"] == "Qwen/Qwen3-30B-A3B"
     for words in (
@@ -51,12 +53,14 @@ def test_card_says_what_the_student_is_and_where_it_came_from() -> None:
         "from_pretrained",
     ):
         assert words in text
-    assert text == model_card(PROVENANCE, {"mmlu, 5-shot, acc": {"value": 0.461, "stderr": 0.004}})
+    assert text == model_card(
+        StudentRecord(**PROVENANCE), {"mmlu, 5-shot, acc": Score(0.461, 0.004)}
+    )
 
 
 def test_pure_pruning_without_distillation() -> None:
     plan = {**PROVENANCE["plan"], "keep": 8}
-    text = model_card({"teacher": {"name": "demo-teacher"}, "plan": plan})
+    text = model_card(StudentRecord(teacher={"name": "demo-teacher"}, plan=plan))
     assert "copied exactly (pure pruning)" in text
     assert "Distillation: none" in text
     # A folder's name is no hub id, and the teacher stated no licence.
@@ -65,7 +69,7 @@ def test_pure_pruning_without_distillation() -> None:
 
 
 def test_nothing_known_still_gives_a_card() -> None:
-    assert "## How to load it" in model_card({})
+    assert "## How to load it" in model_card(StudentRecord())
 
 
 def run_card(*words: object) -> int:

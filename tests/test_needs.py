@@ -26,7 +26,7 @@ from m2d.pipeline.resources import (
 )
 from m2d.pipeline.settings import load_config
 
-SIZES = REPOSITORY / "workflow" / "resources" / "sizes"
+SIZES = REPOSITORY / "m2d" / "pipeline" / "sizes"
 QWEN3_32B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False,
     "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 25600,

@@ -106,7 +106,7 @@ def test_file_holds_what_was_collected(tiny_teacher: Path, tmp_path: Path) -> No
         )
 
 
-@pytest.mark.parametrize("choice", ["contribution", "greedy"])
+@pytest.mark.parametrize("choice", CHOICES)
 def test_stages_write_the_student_of_these_neurons(
     choice: str, tiny_teacher: Path, tmp_path: Path
 ) -> None:
@@ -159,7 +159,7 @@ def test_options_of_merge_that_do_not_go_together(
         ("--ranking", "r", "--width", "8"): "missing --statistics, --gram, --grouping",
         ("--width", "8"): "missing --ranking",
         ("--neurons", "n", "--width", "8", "--params", "1B"): "give one of --width and --params",
-        ("--neurons", str(tmp_path / "none")): "not a neuron statistics file",
+        ("--neurons", str(tmp_path / "none")): "no such file",
     }
     for options, message in cases.items():
         assert main(["merge", str(tiny_teacher), str(tmp_path / "s"), *options]) == 2
@@ -286,7 +286,7 @@ def test_options_that_do_not_go_together(tiny_teacher: Path, tiny_text: Path, tm
         ({"granularity": "neurons", "keep": 4}, "--keep counts experts"),
         ({"granularity": "neurons", "width": 129}, "width is 129; it must lie between 1 and 128"),
         ({"granularity": "neurons", "width": 8, "params": 9}, "one of --width and --params"),
-        ({"width": 64}, "whole experts has the width of the router's top-k"),
+        ({"width": 64}, "the width of a student of whole experts goes by --groups"),
         ({"granularity": "layers"}, "unknown granularity 'layers'; known: experts, neurons"),
         ({"refit": "all"}, "unknown refit 'all'; known: layer, sequential"),
         ({"refit": "layer", "sequences": 1}, "at least 2 sequences"),

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import yaml
 from workflow_project import REPOSITORY
+
+from m2d.pipeline.settings import load_config
 
 pytestmark = pytest.mark.xdist_group("pipelines")
 
@@ -21,8 +22,9 @@ PAPER_TEACHERS = {
     "qwen3-30b-a3b", "qwen3-30b-a3b-base", "deepseek-v2-lite", "gpt-oss-20b", "emo", "stdmoe",
 }  # fmt: skip
 PIPELINES = {
-    "all_demo", "all_closed_form", "all_grid", "all_grid_distill", "all_headline", "all_deepseek",
-    "all_gptoss", "all_baselines", "all_emo", "all_stdmoe", "all_base_ab", "all_expanded_routing",
+    "all_demo", "all_closed_form", "all_best", "all_grid", "all_grid_distill", "all_headline",
+    "all_deepseek", "all_gptoss", "all_baselines", "all_emo", "all_stdmoe", "all_base_ab",
+    "all_expanded_routing",
 }  # fmt: skip
 
 
@@ -74,8 +76,7 @@ def count(jobs: list[Job], rule: str, **wildcards: str) -> int:
 
 
 def test_every_pipeline_is_a_target(jobs: list[Job]) -> None:
-    config = yaml.safe_load((REPOSITORY / "config.yaml").read_text(encoding="utf-8"))
-    assert set(config["pipelines"]) == PIPELINES
+    assert set(load_config(REPOSITORY / "config.yaml")["pipelines"]) == PIPELINES
     made = {job.wildcards["pipeline"] for job in jobs if job.rule == "make_tables"}
     drawn = {job.wildcards["pipeline"] for job in jobs if job.rule == "draw_figures"}
     assert made == drawn == PIPELINES
@@ -101,7 +102,7 @@ def test_demo(jobs: list[Job]) -> None:
 
 
 def test_a_grid_has_350_configurations() -> None:
-    config = yaml.safe_load((REPOSITORY / "config.yaml").read_text(encoding="utf-8"))
+    config = load_config(REPOSITORY / "config.yaml")
     keeps = config["teachers"]["qwen3-30b-a3b"]["keeps"]
     grid = config["grid"]
     scorings = config["pipelines"]["all_grid"]["scorings"]

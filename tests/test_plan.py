@@ -205,6 +205,33 @@ def test_keep_outside_its_bounds_is_refused(keep):
         check_keep(keep, 3, 12)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 5, 12])
+@pytest.mark.parametrize("grouping", GROUPINGS.paper)
+def test_any_number_of_groups(groups, grouping):
+    """A student narrower or wider than the router's top-k of 3: as many experts wide as groups."""
+    layers = teacher()
+    rankings = [SCORINGS["gld_reap"](layer) for layer in layers]
+    for keep in {groups, 12}:
+        plan = make_plan(
+            layers, rankings, grouping, "uniform", keep, scoring="gld_reap", groups=groups
+        )
+        for layer in plan.layers:
+            assert len(layer.groups) == groups
+            assert layer.width(7) == 7 * groups
+            assert sum(len(group.experts) for group in layer.groups) == keep
+            # The weights are renormalised, so that the groups carry 1 in all.
+            assert sum(group.scale for group in layer.groups) == pytest.approx(1.0)
+
+
+def test_groups_outside_their_bounds_are_refused():
+    layers = teacher()
+    rankings = [SCORINGS["gld_reap"](layer) for layer in layers]
+    with pytest.raises(UserError, match=r"keep is 4; it must lie between 5 \(the groups\) and 12"):
+        make_plan(layers, rankings, "RR", "uniform", 4, scoring="gld_reap", groups=5)
+    with pytest.raises(UserError, match="groups is -1; it must be at least 1"):
+        make_plan(layers, rankings, "RR", "uniform", 4, scoring="gld_reap", groups=-1)
+
+
 def test_unknown_methods_are_refused():
     with pytest.raises(UserError, match="unknown grouping 'robin'; did you mean"):
         plan_of(grouping="robin")

@@ -30,6 +30,7 @@ from m2d.baselines.prune import measure_importance
 from m2d.cli import main
 from m2d.errors import UserError
 from m2d.models.stream import StreamedTeacher
+from m2d.students.spelling import both_spellings
 
 SIZES = {
     "vocab_size": 300,
@@ -178,7 +179,7 @@ def test_nothing_pruned_is_the_teacher(place: Path, tmp_path: Path, name: str) -
     assert set(after) == set(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     config = json.loads((tmp_path / "student" / "config.json").read_text())
-    own = json.loads((place / name / "config.json").read_text())
+    own = both_spellings(json.loads((place / name / "config.json").read_text()))
     assert {k: config[k] for k in config} == {k: own[k] for k in config}
 
 
@@ -258,6 +259,7 @@ def test_the_folder_is_that_of_a_student(place: Path, tmp_path: Path) -> None:
     assert (record["baseline"]["layers"], record["baseline"]["of"]["layers"]) == (3, 4)
     assert record["calibration"] | {"sha256": ""} == {
         "source": "random",
+        "compute_dtype": "float32",
         "sequences": 6,
         "length": 16,
         "sha256": "",

@@ -1,5 +1,6 @@
 """Quantised checkpoints as the hub keeps them: MXFP4 experts, block-wise FP8."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import m2d
+from m2d.choose.plan import plan_from_dict
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.entries import Derived
 from m2d.models.quantized import dequantize_mxfp4, dequantize_scaled
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
+from m2d.students.merge import write_student
 
 CPU = torch.device("cpu")
 KEPT = ("gate.weight", "embed_tokens", "lm_head", "norm")  # as the hub leaves them
@@ -58,6 +61,7 @@ def test_fp8_number_by_number(rows: int, columns: int) -> None:
 @torch.no_grad()
 def test_mxfp4_experts_are_those_that_transformers_unpacks(tmp_path: Path) -> None:
     folder = to_mxfp4(make("gpt_oss", tmp_path / "teacher"))
+    open_teacher(folder)  # the layout is read off the class
     checkpoint, stock = Checkpoint(folder), load(folder)
     for layer in range(2):
         experts = stock.model.layers[layer].mlp.experts
@@ -80,15 +84,14 @@ def test_mxfp4_experts_are_those_that_transformers_unpacks(tmp_path: Path) -> No
 @torch.no_grad()
 def test_an_mxfp4_teacher_converts_exactly(tmp_path: Path, tiny_text: Path) -> None:
     folder = to_mxfp4(make_uniform("gpt_oss", tmp_path / "teacher"))
-    out = m2d.convert(
-        folder, tmp_path / "s", text=[tiny_text], sequences=2, length=12, dtype="float32"
-    )
+    kept = m2d.convert(folder, tmp_path / "bf16", text=[tiny_text], sequences=2, length=12)
+    plan = plan_from_dict(json.loads((kept / "plan.json").read_text()), num_experts=EXPERTS)
+    out = write_student(open_teacher(folder), plan, tmp_path / "s", torch.float32)
     ids = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
     expected = load(folder)(ids).logits
     assert (load(out)(ids).logits - expected).abs().max() < 5e-6 * expected.abs().max()
     names = load_file(out / "model.safetensors")
     assert not [name for name in names if name.endswith(("_blocks", "_scales"))]
-    kept = m2d.convert(folder, tmp_path / "bf16", text=[tiny_text], sequences=2, length=12)
     assert {t.dtype for t in load_file(kept / "model.safetensors").values()} == {torch.bfloat16}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config
 from workflow_project import CONFIG, make_project, make_stub, snakemake, write_config
 
 pytestmark = [pytest.mark.xdist_group("workflow"), pytest.mark.timeout(600)]
@@ -53,11 +54,11 @@ def hostile_config(teacher: str, text: str, results: str) -> dict[str, Any]:
     config["datasets"]["mixed"] = {"mix": {"text": 1, "more": 2}}
     config["teachers"]["tiny"]["model"] = teacher
     config["teachers"]["tiny"]["tokens"]["distillation"]["dataset"] = "mixed"
-    dense = {**config["teachers"]["tiny"], "batch": 4, "shares": 2}
+    shared = {**config["teachers"]["tiny"], "batch": 4, "shares": 2}
     config["teachers"]["dense"] = {
-        k: v for k, v in dense.items() if k not in ("experts", "top_k", "keeps")
-    }
-    config["teachers"]["shared"] = dense
+        k: v for k, v in shared.items() if k not in ("experts", "top_k", "keeps")
+    } | {"model": f"{teacher} dense"}
+    config["teachers"]["shared"] = shared
     sizes = {"layers": 1, "hidden_size": 24, "heads": 2, "kv_heads": 2, "intermediate_size": 20}
     config["students"] |= {"fresh": {"baseline": "random_ffn"}, "d2d": {"baseline": "d2d", **sizes}}
     config["evaluations"]["demo"] |= {
@@ -79,6 +80,9 @@ def test_every_rule_hands_over_its_paths_whole(
     name = name.replace("/", "")
     folder = make_project(tmp_path / "my project (1)" / "p", tiny_teacher, tiny_text)
     shutil.copytree(tiny_teacher, folder / name)
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings |= {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 40, "head_dim": 8}
+    Qwen3Config(**settings).save_pretrained(folder / f"{name} dense")
     shutil.copyfile(tiny_text, folder / f"{name}.txt")
     write_config(folder, hostile_config(name, f"{name}.txt", f"{name} results"))
     shutil.copytree(folder / "results", folder / f"{name} results")

@@ -241,8 +241,8 @@ def test_bad_input_is_one_line(
         ([str(student), str(tiny_teacher), out], few, "at least 2 sequences"),
         ([str(student), str(other), out], calibration, "hidden_size is 32, the teacher's is 16"),
         ([str(student), str(deeper), out], calibration, "num_hidden_layers is 2"),
-        ([str(tiny_teacher), str(tiny_teacher), out], calibration, "'qwen3_moe'; students of"),
-        ([str(student), str(student), out], calibration, "known"),
+        ([str(tiny_teacher), str(tiny_teacher), out], calibration, "has 8 experts; students of"),
+        ([str(student), str(student), out], calibration, "not a Mixture-of-Experts model"),
         ([str(student), str(tiny_teacher), out], student / "model.safetensors", "input_ids"),
     ]
     capsys.readouterr()

@@ -39,6 +39,33 @@ def test_proportional_by_hand():
     np.testing.assert_allclose(tiny, [0.24, 0.24, 0.12], rtol=1e-6)
 
 
+def test_conditional_mean_by_hand():
+    """The mean of CP over the kept experts, each counted once; expert 4 is not kept."""
+    layer = hand_layer(
+        5, 3, n_selected=[4, 5, 0, 10, 8], prob_sum_selected=[2.0, 1.0, 0.0, 3.0, 8.0]
+    )
+    scales = scaling.conditional_mean(GROUPS, np.ones(5), layer)
+    np.testing.assert_allclose(scales, [(0.5 + 0.2 + 0.3) / 3] * 3)
+    over_all = scaling.conditional_mean(GROUPS, np.ones(5), layer, over="all")
+    np.testing.assert_allclose(over_all, [(0.5 + 0.2 + 0.3 + 1.0) / 4] * 3)
+    never = hand_layer(5, 3, n_selected=np.zeros(5))
+    np.testing.assert_allclose(
+        scaling.conditional_mean(GROUPS, np.ones(5), never),
+        scaling.uniform(GROUPS, np.ones(5), never),
+    )
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_every_scaling_gives_a_finite_number_per_group(name):
+    for seed in range(3):
+        layer, _, _ = simulate(top_k=3, seed=seed)
+        importance = np.random.default_rng(seed).random(12)
+        scales = SCALINGS[name](GROUPS, importance, layer)
+        assert scales.shape == (3,)
+        assert np.isfinite(scales).all()
+        assert scales.any()
+
+
 def test_both_keep_the_total_weight():
     layer, _, _ = simulate(top_k=3)
     importance = np.random.default_rng(0).random(12)

@@ -25,7 +25,10 @@ def by_hand():
         prob_sum=[3.5, 4.0, 2.5],
         prob_sum_selected=[3.0, 3.0, 0.0],
         weight_sum=[4.0, 5.0, 0.0],
+        out_norm_sum_selected=[4.0, 9.0, 0.0],
+        weighted_out_norm_sum=[4.0, 7.5, 0.0],
         out_sq_norm_sum_selected=[4.0, 24.0, 0.0],
+        output_norm=[1.5, 2.0, 7.0],
         gram=[[4.0, 1.0, 0.0], [1.0, 9.0, 0.0], [0.0, 0.0, 100.0]],
     )
 
@@ -38,6 +41,9 @@ def by_hand():
         ("postselect_prob", [0.4, 0.5, 0.0], [1, 0, 2]),
         ("conditional_prob", [0.75, 0.5, 0.0], [0, 1, 2]),
         ("reap", [0.75 * 2, 0.5 * 3, 0.0], [0, 1, 2]),  # a tie: the lower id first
+        ("cerebras_reap", [1.0, 1.25, 0.0], [1, 0, 2]),
+        ("mean_activation_norm", [1.0, 1.5, 0.0], [1, 0, 2]),
+        ("mean_square_activation_norm", [1.0, 4.0, 0.0], [1, 0, 2]),
     ],
 )
 def test_score_by_hand(name, importance, order):
@@ -53,6 +59,14 @@ def test_other_readings_by_hand():
     norm_selected = scoring.reap(layer, norm_over="selected_tokens")
     np.testing.assert_allclose(norm_selected.importance, [0.75 * 1, 0.5 * 2, 0.0])
     assert norm_selected.order.tolist() == [1, 0, 2]
+    mean_norm = scoring.reap(layer, norm_over="mean")
+    np.testing.assert_allclose(mean_norm.importance, [0.75 * 1.5, 0.5 * 2, 0.0])
+    np.testing.assert_allclose(
+        scoring.gld_reap(layer, norm_over="mean").importance, mean_norm.importance
+    )
+    older = replace(layer, gram=replace(layer.gram, output_norm=None))
+    with pytest.raises(UserError, match="run m2d gram again"):
+        scoring.reap(older, norm_over="mean")
 
 
 def test_d_optimal_by_hand():
@@ -97,7 +111,7 @@ def explicit_d_optimal(layer, importance, ridge=None, kernel="gram", keep=None):
 def test_d_optimal_matches_explicit_determinants(seed, hidden):
     # One or two tokens' worth of outputs leave the Gram matrix far from full rank.
     layer, _, _ = simulate(experts=14, tokens=40 if hidden > 1 else 6, hidden=hidden, seed=seed)
-    for name in ("gram_logdet", "gld_reap"):
+    for name in ("gram_logdet", "gld_reap", "gld_cerebras_reap"):
         ranking = SCORINGS[name](layer)
         chosen = ranking.importance > 0
         reference = explicit_d_optimal(layer, ranking.importance)

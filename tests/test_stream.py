@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from m2d.errors import UserError
+from m2d.inspect import inspect
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
 
@@ -30,6 +31,19 @@ def test_logits_equal_the_loaded_models(tmp_path: Path, tied: bool) -> None:
     parts = zip(ids.split(2), hidden, strict=True)
     logits = torch.cat([stream.logits(part, last, slice(3, 17)) for part, last in parts])
     torch.testing.assert_close(logits, reference[:, 3:17], rtol=1e-5, atol=1e-5)
+
+
+def test_a_stream_leaves_its_teacher_whole(tiny_teacher: Path) -> None:
+    """Who asks the teacher afterwards sees what was there before; two streams of one agree."""
+    teacher = open_teacher(tiny_teacher)
+    before = inspect(teacher)
+    ids = torch.randint(0, VOCABULARY, (2, 8))
+    first, second = (StreamedTeacher(teacher, torch.float32, CPU) for _ in range(2))
+    one, two = (stream.run(ids, batch=2)[0] for stream in (first, second))
+    assert torch.equal(one, two)
+    assert torch.equal(first.run(ids, batch=2)[0], one)
+    assert inspect(teacher) == before
+    assert all(parameter.is_meta for parameter in teacher.skeleton.parameters())
 
 
 def test_visits_every_moe_layer_and_token_with_the_routing_that_was_used(
@@ -76,9 +90,9 @@ def rewrite(folder: Path, change) -> Path:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.layers.1.mlp.experts.3.up_proj.weight", "no tensor"),
-        ("model.layers.0.self_attn.q_proj.weight", "no tensor"),
-        ("model.norm.weight", "no tensor"),
+        ("model.layers.1.mlp.experts.3.up_proj.weight", "1 tensor is missing"),
+        ("model.layers.0.self_attn.q_proj.weight", "1 tensor is missing"),
+        ("model.norm.weight", "1 tensor is missing"),
     ],
 )
 def test_a_missing_tensor_is_named(tmp_path: Path, name: str, message: str) -> None:

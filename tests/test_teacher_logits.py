@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from m2d.cli import main as m2d
 from m2d.distill import teacher_logits as outputs
 from m2d.distill.divergences import forward_kl
-from m2d.distill.logits import StoredLogits, sampled_outputs, top_outputs
+from m2d.distill.logits import StoredLogits, sampled_outputs, top_outputs, write_shard
 from m2d.distill.loss import partial_forward_kl
 from m2d.errors import UserError
 
@@ -163,3 +163,14 @@ def test_outputs_that_do_not_fit_are_refused(
         assert distill(place, "bad", *given, *more) == 2
         assert message in capsys.readouterr().err
     assert not (place / "bad").exists()
+
+
+def test_the_same_shard_is_the_same_bytes(tmp_path: Path) -> None:
+    """Also after a kill: metadata of several keys would be written in any order."""
+    ids, log_p = torch.zeros(2, 3, 4, dtype=torch.long), torch.zeros(2, 3, 4)
+    written = set()
+    for i in range(20):
+        file = tmp_path / str(i) / "shard-00000.safetensors"
+        write_shard(file, ids, log_p, 300, {"rows_of_shard": 2})
+        written.add(file.read_bytes())
+    assert len(written) == 1

@@ -209,7 +209,11 @@ WITHOUT_EFFECT = {
         "FAMILIES = {",
         'NEW = Family("new", "new", "New", "e", "k", "i")\nFAMILIES = {',
     ),
-    "a family of another teacher": ("m2d/models/families.py", 'glu="clamped_swiglu"', 'glu="glu"'),
+    "a sibling of another family": (
+        "m2d/models/families.py",
+        '"qwen2_moe": "qwen2"',
+        '"qwen2_moe": "llama"',
+    ),
     "a strategy that no recipe has": ("m2d/distill/trainer.py", '"stage": 3', '"stage": 1'),
     "an option that no recipe has": (
         "m2d/distill/settings.py",
@@ -217,7 +221,7 @@ WITHOUT_EFFECT = {
         "    ema: NotNegative | None = None\n    seed: Integer = 0",
     ),
     "a setting's description": ("m2d/distill/settings.py", "Peak of the schedule", "The peak"),
-    "words of a method that no student has": (SCORING, "how often the router", "how frequently it"),
+    "words of a method that no student has": (SCORING, "whose outputs together best", "that best"),
     "the launcher": ("workflow/scripts/launch.sh", "#!/bin/", "#!/usr/bin/env -S /bin/"),
 }
 DISTILLED = [f"distill_student recipe=short student={s}" for s in ("do-acp", "sf")]
@@ -233,7 +237,10 @@ WITH_EFFECT = {
         ("m2d/distill/divergences.py", "log_q.exp_().sub_(p)", "log_q.exp_().sub_(2 * p)"),
         AFTER_DISTILLATION,
     ),
-    "the optimizer": (("m2d/distill/optimizers.py", "0.999", "0.99"), AFTER_DISTILLATION),
+    "the optimizer": (
+        ("m2d/distill/optimizers.py", "(0.9, 0.999)", "(0.9, 0.99)"),
+        AFTER_DISTILLATION,
+    ),
     "a default": (
         ("m2d/distill/settings.py", "weight_decay: NotNegative = 0.0", "weight_decay: Share = 0.1"),
         AFTER_DISTILLATION,
@@ -268,7 +275,7 @@ def test_edits_without_effect_rerun_nothing(project: Path) -> None:
         edited(project, *edit)
     config = yaml.safe_load((project / "config.yaml").read_text(encoding="utf-8"))
     write_config(project, {**config, "launcher": "my-launcher --now"})
-    assert NOTHING in snakemake(project, "--dry-run", "all_wide").stdout
+    assert jobs_of(snakemake(project, "--dry-run", "all_wide").stdout) == []
 
 
 @pytest.mark.parametrize("kind", WITH_EFFECT)
@@ -448,6 +455,34 @@ def test_refit_lies_between_merging_and_distilling(project: Path, stub: Path) ->
     assert "measure_neurons neurons=greedy-width-32" in jobs
 
 
+def test_fold_and_align_are_jobs_of_their_own(project: Path, stub: Path) -> None:
+    """Changing the alignment repeats neither the choice nor the fold."""
+    jobs = jobs_of(snakemake(project, "all_aligned", stub=stub).stdout)
+    assert {
+        "fold_teacher fold=neuron",
+        "measure_neurons neurons=greedy-width-24-fold-neuron",
+        "merge_neurons student=aligned",
+        "refit_student student=aligned",
+        "align_student student=aligned",
+        "distill_student recipe=short student=aligned",
+        "measure_student student=aligned variant=align",
+    } <= set(jobs)
+    change_config(project, "students", "aligned", align=5)
+    jobs = jobs_of(snakemake(project, "--dry-run", "all_aligned", stub=stub).stdout)
+    assert {"align_student student=aligned", "distill_student recipe=short student=aligned"} <= set(
+        jobs
+    )
+    assert not [job for job in jobs if job.startswith(("fold", "measure_neu", "merge", "refit"))]
+    change_config(project, "pipelines", "all_aligned", students=["folded"])
+    jobs = jobs_of(snakemake(project, "--dry-run", "all_aligned", stub=stub).stdout)
+    assert {
+        "fold_teacher fold=layer",
+        "compute_folded_gram fold=layer",
+        "rank_folded_experts fold=layer scoring=gld_reap",
+        "merge_student student=folded",
+    } <= set(jobs)
+
+
 def test_baselines_are_made_and_distilled_like_any_student(finished: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "p"))
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -481,12 +516,12 @@ def test_baselines_are_made_and_distilled_like_any_student(finished: Path, tmp_p
     rows = table[table["student"].notna()]
     assert set(zip(rows["teacher"], rows["student"], rows["variant"], strict=True)) == {
         (teacher, student, variant)
-        for teacher, student in (
-            ("tiny", "do-acp"),
-            ("tiny", "fresh"),
-            ("tiny-dense", "d2d"),
+        for teacher, student, first in (
+            ("tiny", "do-acp", "merged"),
+            ("tiny", "fresh", "initial"),
+            ("tiny-dense", "d2d", "pruned"),
         )
-        for variant in ("merged", "short")
+        for variant in (first, "short")
     }
     assert rows["perplexity"].notna().all()
     assert NOTHING in snakemake(folder, "all_baselines").stdout

@@ -53,6 +53,20 @@ CONFIG: dict[str, Any] = {
             "refit": "layer",
         },
         "neurons": {"neurons": "greedy", "width": 24, "refit": "layer"},
+        "aligned": {
+            "neurons": "greedy",
+            "width": 24,
+            "fold": "neuron",
+            "refit": "layer",
+            "align": 3,
+        },
+        "folded": {
+            "scoring": "DO-ACP",
+            "grouping": "RR",
+            "scaling": "least_squares",
+            "keep": 2,
+            "fold": "layer",
+        },
         "top": {"best_of": ["SF", "DO-ACP"], "keep": 2},
     },
     "recipes": {
@@ -89,6 +103,10 @@ CONFIG: dict[str, Any] = {
             "students": ["solved", "neurons"],
             "distill": [{"student": "solved", "recipe": "short"}],
         },
+        "all_aligned": {
+            "teachers": ["tiny"],
+            "distill": [{"student": "aligned", "recipe": "short"}],
+        },
         "all_top": {
             "teachers": ["tiny"],
             "distill": [{"student": "top", "recipe": "short"}],
@@ -124,7 +142,7 @@ case $1 in
     rank) exec "{m2d}" "$@" ;;
     grid) if test -f "$M2D_STUB_GRID"; then cp "$M2D_STUB_GRID" "$3"; else echo "{{}}" > "$3"; fi ;;
     merge | prune | baseline) mkdir "$3"; echo "{{}}" > "$3/m2d.json" ;;
-    distill | refit) mkdir "$4"; echo "{{}}" > "$4/m2d.json" ;;
+    distill | refit | align) mkdir "$4"; echo "{{}}" > "$4/m2d.json" ;;
     perplexity) echo "{{}}" > "$6" ;;
     tables | figures) mkdir "$2" ;;
     card) mkdir "$3" ;;

@@ -1,0 +1,166 @@
+"""Teachers with a vision tower: the text model is converted, the rest is carried over."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCABULARY, make_tokenizer
+from family_teachers import randomise
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen3_5MoeConfig,
+    Qwen3VLMoeConfig,
+)
+
+import m2d
+from m2d.cli import main
+from m2d.inspect import text_student
+
+EXPERTS, LAYERS = 4, 2
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": EXPERTS,
+    "num_experts_per_tok": EXPERTS, "moe_intermediate_size": 16, "intermediate_size": 48,
+    "initializer_range": 0.2, "max_position_embeddings": 64, "tie_word_embeddings": False,
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": 32,
+    "num_position_embeddings": 16, "patch_size": 8,
+}  # fmt: skip
+HYBRID: dict[str, Any] = {
+    "shared_expert_intermediate_size": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+KINDS: dict[str, tuple[Any, str, str]] = {
+    "qwen3_vl_moe": (
+        lambda: Qwen3VLMoeConfig(
+            text_config=TEXT, vision_config={**VISION, "deepstack_visual_indexes": [0]}
+        ),
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3ForCausalLM",
+    ),
+    "qwen3_5_moe": (
+        lambda: Qwen3_5MoeConfig(text_config={**TEXT, **HYBRID}, vision_config=VISION),
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5ForCausalLM",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def teacher(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A composite teacher with a uniform router, and a constant gate on its shared expert."""
+    folder = tmp_path_factory.mktemp("composite") / request.param
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(KINDS[request.param][0](), dtype=torch.float32)
+    with torch.no_grad():
+        randomise(model)
+        for name, parameter in model.named_parameters():
+            if ".mlp.gate." in name or "shared_expert_gate" in name:
+                parameter.zero_()
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    if request.param == "qwen3_5_moe":
+        tensors["mtp.fc.weight"] = torch.ones(4, 4)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    make_tokenizer().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": 1}')
+    return request.param, folder
+
+
+@pytest.fixture
+def settings(tiny_text: Path) -> dict[str, Any]:
+    return {"text": [tiny_text], "sequences": 2, "length": 12}
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+IDS = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def test_a_composite_student_is_exact_and_carries_the_rest(
+    teacher: tuple[str, Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    kind, folder = teacher
+    out = m2d.convert(folder, tmp_path / "student", **settings)
+    student, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert type(student).__name__ == KINDS[kind][1]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    expected = AutoModelForImageTextToText.from_pretrained(folder)(input_ids=IDS).logits
+    assert relative_error(student(input_ids=IDS).logits, expected) < 5e-6
+    theirs, ours = (load_file(f / "model.safetensors") for f in (folder, out))
+    vision = {name for name in theirs if "visual" in name}
+    assert vision == {name for name in ours if "visual" in name}
+    assert all(torch.equal(theirs[name], ours[name]) for name in vision)
+    assert not any("mtp" in name for name in ours)
+    record = json.loads((out / "m2d.json").read_text())
+    assert record["carried"] == ["model.visual"]
+    assert record.get("dropped", []) == (["mtp."] if kind == "qwen3_5_moe" else [])
+    assert (out / "preprocessor_config.json").read_text() == '{"size": 1}'
+
+
+@torch.no_grad()
+def test_the_text_model_alone_is_a_plain_causal_lm(
+    teacher: tuple[str, Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    kind, folder = teacher
+    out = m2d.convert(folder, tmp_path / "text", text_only=True, **settings)
+    student = AutoModelForCausalLM.from_pretrained(out)
+    assert type(student).__name__ == KINDS[kind][2]
+    expected = AutoModelForImageTextToText.from_pretrained(folder)(input_ids=IDS).logits
+    assert relative_error(student(input_ids=IDS).logits, expected) < 5e-6
+    promised = text_student(str(folder))
+    assert promised["architecture"] == KINDS[kind][2]
+    assert promised["parameters"] == sum(p.numel() for p in student.parameters())
+
+
+@torch.no_grad()
+def test_the_same_class_and_a_refit(
+    teacher: tuple[str, Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    _, folder = teacher
+    out = m2d.convert(folder, tmp_path / "same", student_class="same", refit="layer", **settings)
+    student = AutoModelForImageTextToText.from_pretrained(out)
+    original = AutoModelForImageTextToText.from_pretrained(folder)
+    assert type(student) is type(original)
+    expected = original(input_ids=IDS).logits
+    assert relative_error(student(input_ids=IDS).logits, expected) < 1e-3
+
+
+def test_the_text_model_may_lie_under_the_composites_names(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """As transformers writes the text model of a composite checkpoint that it has loaded."""
+    config = KINDS["qwen3_5_moe"][0]().text_config
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    file = tmp_path / "teacher" / "model.safetensors"
+    moved = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in load_file(file).items()
+    }
+    assert any(name.startswith("model.language_model.layers.") for name in moved)
+    save_file(moved, file, {"format": "pt"})
+    out = m2d.convert(tmp_path / "teacher", tmp_path / "student", **settings)
+    assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "Qwen3_5ForCausalLM"
+
+
+def test_text_only_of_a_text_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = KINDS["qwen3_5_moe"][0]().text_config
+    config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--text-only"]) == 2
+    assert "leave out --text-only" in capsys.readouterr().err
