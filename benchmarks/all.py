@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import scratch_folder, scratch_option
+from common import kind_of_cpu, scratch_folder, scratch_option
 
 BENCHMARKS = {  # whether it takes --scratch
     "merge": True,
@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     scratch_option(parser)
     args = parser.parse_args()
+    print(f"CPU: {kind_of_cpu()}", file=sys.stderr)
     failed = []
     with scratch_folder(args.scratch) as scratch:
         for name, takes_scratch in BENCHMARKS.items():

@@ -21,10 +21,11 @@ import torch
 from beyond_students import STUDENTS, make_student
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from m2d.distill.loss import distillation_loss
 from m2d.distill.trainer import head_of, hidden_states
-from m2d.evaluate.perplexity import load_dense, loaded_nll
+from m2d.evaluate.perplexity import loaded_nll
 from m2d.models.teacher import count_parameters, quiet
 from m2d.tokens.tokenize import tokens_from
 
@@ -33,6 +34,10 @@ LENGTH = 256
 DECAY = 0.3  # the last share of a budget, in which the learning rate falls
 WARM_UP = 8  # steps
 SEQUENCES = {"calibration": 900, "test": 32, "train": 2560}
+
+
+def load_float32(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def read_data(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -103,7 +108,7 @@ def curve(
     states: Any, data: dict[str, Tensor], write: Callable[[dict[str, Any]], None], done: set[int],
 ) -> None:  # fmt: skip
     """Every budget of one student, seed and learning rate that is not yet done."""
-    student: Any = load_dense(folder, torch.float32, CPU).train()
+    student: Any = load_float32(folder).train()
     seed, top, batch = about["seed"], about["learning_rate"], args.batch
     order = torch.randperm(len(data["train"]), generator=torch.Generator().manual_seed(seed))
     head = head_of(teacher)
@@ -157,7 +162,7 @@ def main() -> None:
     results = args.work / "results.jsonl"
     with quiet():
         data = read_data(args)
-        teacher = load_dense(args.teacher, torch.float32, CPU)
+        teacher = load_float32(args.teacher)
         states = teacher_states(args, teacher, data)
         for seed in args.seeds:
             for name in args.students:
@@ -172,7 +177,7 @@ def main() -> None:
                 }
                 if done.issuperset(args.budgets):
                     continue
-                size = count_parameters(load_dense(folder, torch.float32, CPU))
+                size = count_parameters(load_float32(folder))
                 about |= {"parameters": size, "cost": cost}
 
                 def write(row: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What the closed form is worth: perplexity before distillation, and against distillation tokens.
 
-The paper's best recipe against every variant of docs/closed-form.md: the same teacher, calibration
+The paper's best recipe against every variant of docs/beyond.md: the same teacher, calibration
 and test tokens, and distillation; several seeds. A seed draws the calibration sequences and orders
 the distillation's. Every distilled student is distilled with several learning rates, and reported
 with the one that suits it. Writes the measurements, a table and a figure; the document shows both.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from beyond import load_float32
 from closed_form_report import write_report
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from m2d.choose.scoring import SCORINGS
 from m2d.conversion import collect_statistics
 from m2d.distill.loss import distillation_loss
 from m2d.distill.trainer import head_of, hidden_states
-from m2d.evaluate.perplexity import load_dense, loaded_nll
+from m2d.evaluate.perplexity import loaded_nll
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import count_parameters, open_teacher, quiet
 from m2d.refit.refit import refit, refit_record, write_refitted
@@ -128,7 +129,7 @@ class TeacherStates:
     """A teacher's last hidden states on the distillation's sequences, computed once."""
 
     def __init__(self, teacher: Path):
-        self.model = load_dense(teacher, torch.float32, CPU)
+        self.model = load_float32(teacher)
         self.kept: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
@@ -209,11 +210,11 @@ def run_seed(args: argparse.Namespace, seed: int, data: dict[str, Tensor]) -> di
                 out = Path(scratch) / f"{variant.plan}-{variant.refit}-{variant.weighting}"
                 folder = write_refitted(folder, out, teacher.family, found, record)
                 row |= {"refit_seconds": time.process_time() - start, "refit": record["layers"]}
-            student = load_dense(folder, torch.float32, CPU)
+            student = load_float32(folder)
             row["parameters"] = count_parameters(student)
             row["perplexity"] = perplexity(student, data["test"])
             for rate in args.learning_rates if variant.distilled else ():
-                student = load_dense(folder, torch.float32, CPU)
+                student = load_float32(folder)
                 row.setdefault("curves", {})[f"{rate:g}"] = distill(
                     student.train(), states, data["distillation"], seed, args.points, rate,
                     args.batch, lambda model=student: perplexity(model, data["test"]),  # type: ignore[misc]
@@ -241,7 +242,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=Path("workflow/resources/demo-teacher"))
     parser.add_argument("--corpus", type=Path, default=Path("results/corpus"))
     parser.add_argument("--out", type=Path, default=Path("docs/closed-form.json"))
-    parser.add_argument("--document", type=Path, default=Path("docs/closed-form.md"))
+    parser.add_argument("--document", type=Path, default=Path("docs/beyond.md"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calibration-sequences", type=int, default=128)
     parser.add_argument("--test-sequences", type=int, default=32)
@@ -254,7 +255,7 @@ def main() -> None:
     args = parser.parse_args()
     with quiet():
         data = read_data(args)
-        teacher = perplexity(load_dense(args.teacher, torch.float32, CPU), data["test"])
+        teacher = perplexity(load_float32(args.teacher), data["test"])
     print(f"teacher: {teacher:.2f}", flush=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from m2d.artifacts import atomic_path
+from m2d.devices import LIMITS, compute_dtype, cpu_capabilities, dtype_name
 from m2d.models.checkpoint import INDEX_NAME, Spec, write_safetensors
 from m2d.models.teacher import make_skeleton, read_config
 from m2d.students.tensors import stored_shapes
@@ -50,6 +51,23 @@ LAYER_SHAPE = {
     # Small, so that the layers and not the embeddings are measured.
     "vocab_size": 8192,
 }
+
+
+CPU = torch.device("cpu")
+COMPUTE = compute_dtype(None, torch.bfloat16, CPU)
+"""What m2d computes a bfloat16 checkpoint in on this machine."""
+
+
+def kind_of_cpu() -> str:
+    """What decides of a CPU: AMX, AVX512-BF16, NEON-BF16, or no bfloat16 units; and the dtype."""
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "NEON-BF16"}
+    found = [name for unit, name in names.items() if cpu_capabilities().get(unit)]
+    limits = ", ".join(f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ)
+    if torch.bfloat16 != COMPUTE:
+        kind = f"no bfloat16 units in use ({limits})" if limits else "no bfloat16 units"
+    else:
+        kind = found[0] if found else "bfloat16 as fast as float32, by measurement"
+    return f"{kind}; computes in {dtype_name(COMPUTE)}"
 
 
 LAYER_BYTES = 2 * (128 * 3 * 768 * 2048 + 2 * 2048 * 4096 + 2 * 2048 * 512 + 128 * 2048)
@@ -173,5 +191,6 @@ def peak_memory(arguments: list[str]) -> tuple[float, float]:
 
 def report(name: str, ratio: float, target: str, how: str, **details: object) -> None:
     """Print one measurement."""
-    line = {"name": name, "ratio": float(f"{ratio:.3g}"), "target": target, "how": how, **details}
+    line = {"name": name, "ratio": float(f"{ratio:.3g}"), "target": target, "how": how}
+    line |= {"cpu": kind_of_cpu(), **details}
     print(json.dumps(line), flush=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import report
+from common import COMPUTE, report
 from safetensors.torch import save_file
 from transformers import (
     Qwen3Config,
@@ -27,9 +27,12 @@ from transformers import (
     TrainerCallback,
 )
 
+from m2d.devices import dtype_name
 from m2d.distill.trainer import Recipe, make_trainer
+from m2d.models.widen import widen
 from m2d.tokens.dataset import PackedTokens
 
+PRECISION = "bf16" if torch.bfloat16 == COMPUTE else "fp32"
 VOCABULARY = 32_768
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -71,7 +74,7 @@ class Parts(TrainerCallback):
         self.seconds["teacher"].append(self.clock() - start)
         start = self.clock()
         for ids in self.batches:
-            with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=PRECISION == "bf16"):
                 loss = self.student(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
         self.student.zero_grad()
@@ -90,6 +93,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     teacher = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS)).bfloat16()
+    if torch.bfloat16 != COMPUTE:
+        widen(teacher, COMPUTE)
     student = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
     recipe = Recipe(
         steps=args.steps,
@@ -107,8 +112,8 @@ def main() -> None:
         temperature=1.0,
         cross_entropy_weight=0.0,
         teacher_top_k=None,
-        teacher_dtype=None,
-        precision="bf16",
+        teacher_dtype=dtype_name(COMPUTE),
+        precision=PRECISION,
         gradient_checkpointing=False,
         compile=False,
         strategy="single",
@@ -131,9 +136,9 @@ def main() -> None:
         "distillation step / its parts",
         median["step"] / bare,
         "<= 1.1",
-        f"{'wall' if args.wall else 'CPU'} time, 1 thread, bf16, {args.batch // args.device_batch} "
-        f"batches of {args.device_batch * args.length} tokens a step; medians of {args.steps - 1} "
-        "steps, each followed by the bare parts",
+        f"{'wall' if args.wall else 'CPU'} time, 1 thread, {PRECISION}, "
+        f"{args.batch // args.device_batch} batches of {args.device_batch * args.length} tokens a "
+        f"step; medians of {args.steps - 1} steps, each followed by the bare parts",
         seconds={name: round(value, 3) for name, value in median.items()},
     )
 

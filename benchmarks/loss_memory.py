@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import report
+from common import COMPUTE, report
 from torch import Tensor
 
 from m2d.distill.loss import Head, distillation_loss
@@ -29,7 +29,7 @@ def full_logits(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Te
 
 
 def chunked(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=torch.bfloat16 == COMPUTE):
         return distillation_loss(student, Head(head), teacher, Head(teacher_head))
 
 
@@ -51,10 +51,10 @@ def worker(version: str, tokens: int, hidden: int, vocabulary: int) -> None:
     """Measure one forward and backward on each line of stdin; answer with a JSON line."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    student = torch.randn(tokens, hidden).bfloat16().requires_grad_()
+    student = torch.randn(tokens, hidden).to(COMPUTE).requires_grad_()
     head = (torch.randn(vocabulary, hidden) * 0.05).requires_grad_()
-    teacher = torch.randn(tokens, hidden).bfloat16()
-    teacher_head = (torch.randn(vocabulary, hidden) * 0.05).bfloat16()
+    teacher = torch.randn(tokens, hidden).to(COMPUTE)
+    teacher_head = (torch.randn(vocabulary, hidden) * 0.05).to(COMPUTE)
     reset_peak()
     before = resident_bytes("VmRSS")
     for _ in sys.stdin:

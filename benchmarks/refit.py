@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 from common import (
+    COMPUTE,
+    CPU,
     peak_memory,
     real_shape_teacher,
     report,
@@ -80,9 +82,9 @@ def whole(folder: Path, sequences: int, length: int) -> None:
         student = write_student(teacher, plan, Path(scratch) / "student")
         found = refit(
             open_teacher(folder), student, tokens, "sequential",
-            dtype=torch.bfloat16, device=torch.device("cpu"), batch=2, ridges=RIDGES_OF_BENCHMARK,
+            dtype=COMPUTE, device=CPU, batch=2, ridges=RIDGES_OF_BENCHMARK,
         )  # fmt: skip
-        record = refit_record("sequential", tokens, found, torch.bfloat16)
+        record = refit_record("sequential", tokens, found, COMPUTE)
         write_refitted(student, Path(scratch) / "refit", teacher.family, found, record)
 
 
@@ -95,7 +97,7 @@ def memory(folder: Path, sequences: int, length: int) -> None:
         peak / one,
         "stated, none set",
         f"a process that merges and refits (sequential) a one-layer teacher on {sequences} x "
-        f"{length} tokens, bfloat16 models, {len(RIDGES_OF_BENCHMARK)} ridges",
+        f"{length} tokens, {len(RIDGES_OF_BENCHMARK)} ridges",
         peak_megabytes=round(peak / 1e6),
         cpu_seconds=round(seconds, 1),
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedModel
 
+from m2d.artifacts import atomic_path
 from m2d.demo.teacher import (
     balance_loss,
     batches,
@@ -96,19 +97,33 @@ def main() -> None:
         model.parameters(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
     )
     routers = watch_routers(model)
+    # A killed run goes on from here.
+    checkpoint, first = args.out.with_name(args.out.name + ".checkpoint"), 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        first = state["step"]
     start, mean = time.process_time(), 0.0
     halves = (half for tokens in batches(documents, 0, 0) for half in tokens.chunk(2))
     for number, tokens in enumerate(halves):
         if number == args.steps:
             break
+        if number < first:
+            continue
         for group in optimiser.param_groups:
             group["lr"] = args.learning_rate * schedule(number, args.steps)
         loss = step(model, optimiser, routers, tokens)
-        mean = loss if number == 0 else 0.95 * mean + 0.05 * loss
+        mean = loss if number == first else 0.95 * mean + 0.05 * loss
         if number % 20 == 19:
             spent = time.process_time() - start
             print(f"step {number + 1}/{args.steps}, loss {mean:.3f}, {spent:.0f} s", flush=True)
+        if number % 100 == 99:
+            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            with atomic_path(checkpoint) as temporary:
+                torch.save({**state, "step": number + 1}, temporary)
     save_teacher(model, tokenizer, args.out)
+    checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from common import (
+    COMPUTE,
+    CPU,
     LAYER_BYTES,
     LAYER_SHAPE,
     clock_of,
@@ -23,7 +25,6 @@ from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
 from m2d.statistics.routing import RoutingTotals
 
-CPU = torch.device("cpu")
 LENGTH, BATCH, HIDDEN = 512, 4, 2048
 
 
@@ -40,13 +41,13 @@ def against_loaded(folder: Path, cpu_time: bool) -> None:
 
     def streamed() -> None:
         teacher = open_teacher(folder)
-        stream = StreamedTeacher(teacher, torch.bfloat16, CPU)
+        stream = StreamedTeacher(teacher, COMPUTE, CPU)
         stream.run(tokens, BATCH, RoutingTotals(teacher).visit)
 
     @torch.no_grad()
     def loaded() -> None:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, experts_implementation="grouped_mm"
+            folder, dtype=COMPUTE, experts_implementation="grouped_mm"
         ).eval()
         for ids in tokens.split(BATCH):
             model(ids, use_cache=False, logits_to_keep=1)
@@ -67,7 +68,7 @@ def collect(folder: Path, sequences: int) -> None:
     """Statistics and Gram in one pass; run in a process of its own."""
     if not sequences:
         return
-    stream = StreamedTeacher(open_teacher(folder), torch.bfloat16, CPU)
+    stream = StreamedTeacher(open_teacher(folder), COMPUTE, CPU)
     collect_statistics(stream, tokens_of(sequences), BATCH)
 
 
@@ -81,7 +82,7 @@ def growth(scratch: Path) -> None:
     _, start = run(2, 0)  # imports and the skeleton only
     for layers, sequences in ((2, 2), (3, 2), (4, 2), (2, 4), (2, 8)):
         peak, seconds = run(layers, sequences)
-        activations = sequences * LENGTH * HIDDEN * 2
+        activations = sequences * LENGTH * HIDDEN * COMPUTE.itemsize
         allowed = 2 * LAYER_BYTES + activations + 1e9
         report(
             f"statistics + Gram peak memory, {layers} layers, {sequences * LENGTH} tokens",

@@ -13,9 +13,10 @@ import networkx as nx
 STAGES = {
     "#dbe9f6": ("download_teacher", "make_corpus", "make_tasks", "make_tokens"),
     "#fde5c8": ("compute_statistics", "compute_gram", "compute_share", "combine_statistics",
-                "measure_neurons", "rank_experts", "measure_grid"),
+                "measure_neurons", "fold_teacher", "compute_folded_gram", "rank_experts",
+                "rank_folded_experts", "measure_grid"),
     "#d9efd5": ("merge_student", "merge_neurons", "prune_student", "initialise_student",
-                "refit_student", "distill_student"),
+                "refit_student", "align_student", "distill_student"),
     "#ecdff0": ("measure_teacher", "measure_student", "evaluate_teacher", "evaluate_student"),
     "#e6e6e6": ("make_tables", "draw_figures", "write_cards"),
 }  # fmt: skip
