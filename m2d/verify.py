@@ -60,7 +60,9 @@ def main(args: argparse.Namespace) -> None:
         expected = fingerprint(locate(args.teacher))
         if expected is None:
             raise UserError(f"{args.teacher}: has no weights to compare with")
-        if args.full:
+        if not args.full:
+            say(f"{args.teacher}: compared by samples of its weights; --full FILE reads them all")
+        else:
             for line in changed_weights(locate(args.teacher), args.full):
                 faults += 1
                 print(f"{args.teacher}: {line}")

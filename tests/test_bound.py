@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from m2d.artifacts import read_json, sha256_of
 from m2d.cli import main
 from m2d.errors import UserError
-from m2d.models.fingerprint import fingerprint, kinship
+from m2d.models.fingerprint import fingerprint
 from m2d.pipeline.best import best_configuration
 from m2d.statistics.files import read_gram, read_routing, write_gram, write_routing
 from m2d.statistics.neurons import read_neurons
@@ -169,7 +169,7 @@ def test_logits_of_another_dtype_do_not_mix(
 
 def test_a_fingerprint_is_of_the_weights_alone(tmp_path: Path) -> None:
     folder = make_teacher(tmp_path / "one")
-    found, kin = fingerprint(folder), kinship(folder)
+    found = fingerprint(folder)
     again = shutil.copytree(folder, tmp_path / "again")
     assert fingerprint(again) == found
     model = AutoModelForCausalLM.from_pretrained(again)
@@ -186,10 +186,80 @@ def test_a_fingerprint_is_of_the_weights_alone(tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.experts.7.up_proj.weight"].mul_(1.01)
     save_file(tensors, changed / "model.safetensors", {"format": "pt"})
     assert fingerprint(changed) != found
-    assert kinship(changed) == kin  # which is why only distillation takes it
-    assert kinship(make_teacher(tmp_path / "other", seed=1)) != kin
     edit_config(changed, rope_theta=5.0, rope_parameters=None)
     assert fingerprint(changed) != fingerprint(folder)
+
+
+def edited(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """A copy of a model whose tensors `change` has gone over, in place."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def tuned(tensors: dict[str, torch.Tensor]) -> None:
+    """As LoRA does it: norms, routers, embeddings and all experts but one stay as they were."""
+    tensors["model.layers.1.mlp.experts.5.down_proj.weight"].mul_(1.01)
+
+
+def tuned_attention(tensors: dict[str, torch.Tensor]) -> None:
+    weight = tensors["model.layers.0.self_attn.o_proj.weight"]
+    weight += 0.01 * torch.randn(32, 1, generator=torch.Generator().manual_seed(3))
+
+
+def narrowed(tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
+    tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+
+def fused(tensors: dict[str, torch.Tensor]) -> None:
+    """As transformers 5 holds experts: a tensor for all of a layer."""
+    for layer in range(2):
+        path = f"model.layers.{layer}.mlp.experts."
+        gates, ups, downs = (
+            [tensors.pop(f"{path}{e}.{kind}_proj.weight") for e in range(8)]
+            for kind in ("gate", "up", "down")
+        )
+        pairs = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
+        tensors[f"{path}gate_up_proj"] = torch.stack(pairs)
+        tensors[f"{path}down_proj"] = torch.stack(downs)
+
+
+def to_half(tensors: dict[str, torch.Tensor]) -> None:
+    narrowed(tensors)
+    narrowed(tensors, torch.float16)
+
+
+OTHERS: dict[str, tuple[tuple[Callable[[dict[str, torch.Tensor]], Any], ...], dict, bool]] = {
+    "one expert tuned": ((tuned,), {}, False),
+    "attention tuned": ((tuned_attention,), {}, False),
+    "attention tuned, in bfloat16": ((tuned_attention, narrowed), {}, False),
+    "another rope": ((), {"rope_theta": 5.0, "rope_parameters": None}, False),
+    "another rope, in bfloat16": ((narrowed,), {"rope_theta": 5.0, "rope_parameters": None}, False),
+    "in bfloat16": ((narrowed,), {"dtype": "bfloat16"}, True),
+    "in float16": ((to_half,), {"torch_dtype": "float16", "dtype": None}, True),
+    "fused experts": ((fused,), {}, True),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_distillation_takes_the_same_model_in_another_format_and_no_tuned_one(
+    name: str, runs: tuple[Run, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = runs[0]
+    changes, config, taken = OTHERS[name]
+    other = edited(one["teacher"], tmp_path / "other", lambda t: [change(t) for change in changes])
+    edit_config(other, **config)
+    command = ["distill", one["student"], other, tmp_path / "out", "--tokens", one["tokens"]]
+    assert run(*command, *DISTILL) == (0 if taken else 2)
+    assert ("--any-teacher" in capsys.readouterr().err) is not taken
+    if not taken:
+        assert not (tmp_path / "out").exists()
+        assert run(*command, *DISTILL, "--any-teacher") == 0
+    record = read_json(tmp_path / "out" / "m2d.json")
+    assert record["teacher"]["fingerprint"] == fingerprint(one["teacher"])
+    assert record["distillation"]["teacher_fingerprint"] == fingerprint(other)
 
 
 def flip(file: Path, place: float) -> None:

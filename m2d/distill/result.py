@@ -85,7 +85,7 @@ def record_of(
         "length": found.length,
         "teacher": teacher_name,
         **recipe.model_dump(),
-        **{k: v for k, v in run.items() if k.endswith("_sha256") or k == "teacher_logits"},
+        **{k: v for k, v in run.items() if k not in ("recipe", "m2d_version")},
     }
     return record.having(distillation=distillation)
 

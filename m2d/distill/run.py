@@ -214,10 +214,10 @@ def run(args: argparse.Namespace) -> None:
     from m2d.devices import compute_dtype, dtype_name
     from m2d.distill.loading import expand_routing
     from m2d.distill.processes import broadcast, start_processes
-    from m2d.models.fingerprint import fingerprint, kinship, require_teacher, teacher_in
+    from m2d.models.fingerprint import fingerprint, require_same_model, require_teacher
     from m2d.models.hub import name_of
     from m2d.models.load import check_model, load_model
-    from m2d.models.teacher import dtype_of, locate, quiet, read_config
+    from m2d.models.teacher import dtype_of, locate, make_skeleton, quiet, read_config
     from m2d.tokens.dataset import PackedTokens
     from m2d.tokens.tokenizers import require_same_tokens
 
@@ -229,9 +229,9 @@ def run(args: argparse.Namespace) -> None:
     teacher_fingerprint = fingerprint(teacher_folder)
     if teacher_fingerprint is not None:
         check_model(teacher_folder, teacher_config)
-    if not args.any_teacher:  # the same one in another format will do
-        recorded = [(str(args.student), teacher_in(student_folder, "kinship"))]
-        require_teacher(recorded, kinship(teacher_folder), f"{args.teacher} (or --any-teacher)")
+    if not args.any_teacher:
+        skeleton = make_skeleton(teacher_config, teacher_folder)
+        require_same_model(student_folder, teacher_folder, skeleton, args.teacher)
     vocabularies = [c.get_text_config().vocab_size for c in (student_config, teacher_config)]
     vocabulary = min(vocabularies)  # both are padded, and not always alike
     same = require_same_tokens(student_folder, teacher_folder)

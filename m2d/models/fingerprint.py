@@ -15,19 +15,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from m2d.artifacts import read_json
 from m2d.errors import UserError
-from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, shard_files, tensors_of
+from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, shard_files, tensors_of
 from m2d.models.entries import Entry, read_entry
+from m2d.models.parameters import wanted_of
 
 SAMPLE_BYTES = 256
 BYTES_PER_SAMPLE = 2**22  # another sample for so many bytes of a tensor
 MOST_SAMPLES = 64
 READERS = 8
-NEVER_QUANTISED = re.compile(r"(norm|\.gate|router|embed_tokens)(\.weight|\.layer\.weight)$")
-VALUES_OF_KIN = 256
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+SMALLEST = 2.0**-14  # float16 has not all bits of what is smaller
 # Of config.json, what says nothing of the function that the model computes.
 NOT_COVERED = {"transformers_version", "_name_or_path", "auto_map", "architectures"}
+NOT_OF_THE_NUMBERS = {"dtype", "torch_dtype", "use_cache"}
 
 
 def fingerprint(folder: Path) -> str | None:
@@ -54,22 +59,6 @@ def _fingerprint(folder: Path, versions: tuple[tuple[int, int], ...]) -> str:
     return digest.hexdigest()
 
 
-def kinship(folder: Path) -> str | None:
-    """A fingerprint that the same model has in other dtypes and formats; None without weights.
-
-    It covers norms, routers and embeddings, which no common format quantises: their first values.
-    """
-    if fingerprint(folder) is None:
-        return None
-    digest = hashlib.sha256()
-    for name, entry in sorted(tensors_of(folder).items()):
-        if NEVER_QUANTISED.search(name) and entry.dtype.is_floating_point and entry.shape:
-            rows = entry.rows(0, 1) if len(entry.shape) == 2 else entry
-            values = read_entry(rows, name).flatten()[:VALUES_OF_KIN].float()
-            digest.update(f"{name} {list(entry.shape)}\n".encode() + values.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _samples(entry: Entry) -> bytes:
     """Bytes from places spread evenly over a tensor; all of a small one."""
     count = min(MOST_SAMPLES, 1 + entry.nbytes // BYTES_PER_SAMPLE)
@@ -85,13 +74,74 @@ def _samples(entry: Entry) -> bytes:
         os.close(descriptor)
 
 
-def teacher_in(student: Path, key: str = "fingerprint") -> str | None:
-    """The fingerprint, or kinship, that a student's m2d.json gives for its teacher, if it does."""
+def format_of(folder: Path) -> str:
+    """A digest of how a model lies on disk: its tensors' names, dtypes and shapes."""
+    entries = sorted(tensors_of(folder).items())
+    text = json.dumps([[name, str(one.dtype), one.shape] for name, one in entries])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def values_of(folder: Path, skeleton: PreTrainedModel) -> str | None:
+    """A fingerprint that the same numbers have in every dtype and format; None without weights.
+
+    Of the config as transformers reads it, and of a row, rounded to bfloat16, of every tensor that
+    the class (its skeleton; a family's, if it has experts) wants; of a layer's experts, the first.
+    An unpacked copy of a quantised model has it too, a model that was quantised anew has not.
+    """
+    if fingerprint(folder) is None:
+        return None
+    config = skeleton.config.get_text_config()
+    known = type(config)().to_dict().keys() - NOT_COVERED - NOT_OF_THE_NUMBERS
+    values = {key: value for key, value in config.to_dict().items() if key in known}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    checkpoint, wanted = Checkpoint(folder), wanted_of(skeleton, text_only=True)
+    for name, shape in sorted(wanted.shapes().items()):
+        expert = EXPERT.search(name)
+        if name in wanted.tied or name not in checkpoint or (expert and int(expert[1])):
+            continue
+        entry, place = checkpoint.entry(name), shape[0] // 2 if shape else 0
+        if isinstance(entry, Entry) and len(shape) > 1:
+            row = read_entry(entry.rows(place, place + 1), name)
+        else:
+            row = read_entry(entry, name)
+            row = row[place] if len(shape) > 1 else row
+        rounded = row.to(torch.bfloat16).float()  # and + 0: there is one zero
+        rounded = torch.where(rounded.abs() < SMALLEST, 0.0, rounded) + 0.0
+        digest.update(f"{name} {list(shape)}\n".encode() + rounded.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def marks_of(folder: Path, skeleton: PreTrainedModel) -> dict[str, str]:
+    """What a student's m2d.json notes of its teacher, to know it again; nothing without weights."""
+    own, values = fingerprint(folder), values_of(folder, skeleton)
+    if own is None or values is None:
+        return {}
+    return {"fingerprint": own, "format": format_of(folder), "values": values}
+
+
+def noted_teacher(student: Path) -> dict[str, Any]:
+    """What a student's m2d.json notes of its teacher; empty where it says nothing."""
     file = student / "m2d.json"
     record = read_json(file) if file.is_file() else {}
     about = record.get("teacher") if isinstance(record, dict) else None
-    found = about.get(key) if isinstance(about, dict) else None
-    return None if found is None else str(found)
+    return about if isinstance(about, dict) else {}
+
+
+def require_same_model(student: Path, teacher: Path, skeleton: PreTrainedModel, name: str) -> None:
+    """Raise a UserError unless a student was made from this teacher, as far as its m2d.json says.
+
+    The same numbers in another dtype or format will do.
+    """
+    noted, own = noted_teacher(student), fingerprint(teacher)
+    if own is None or noted.get("fingerprint") in (None, own):
+        return
+    same = noted.get("values") == values_of(teacher, skeleton)
+    if not same or noted.get("format") == format_of(teacher):
+        raise UserError(
+            f"{student}: was made from other weights than those of {name} (fingerprint "
+            f"{str(noted['fingerprint'])[:12]}, not {own[:12]}); give the teacher that it was made "
+            "from, or --any-teacher, also for one that was quantised since"
+        )
 
 
 def require_teacher(

@@ -16,7 +16,7 @@ from torch.nn import functional
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
-from m2d.models.fingerprint import require_teacher, teacher_in
+from m2d.models.fingerprint import noted_teacher, require_teacher
 from m2d.models.sibling import number
 from m2d.models.stream import StreamedTeacher, _drop
 from m2d.models.teacher import Teacher, check_weights, make_skeleton, read_config
@@ -52,7 +52,9 @@ def open_student(folder: Path, teacher: Teacher) -> Teacher:
             f"{folder}: has {found} experts; students of {teacher.name} have "
             f"{family.student_experts}"
         )
-    require_teacher([(str(folder), teacher_in(folder))], teacher.fingerprint, teacher.name)
+    require_teacher(
+        [(str(folder), noted_teacher(folder).get("fingerprint"))], teacher.fingerprint, teacher.name
+    )
     moe_layers = teacher.moe_layers if family.student_experts else []
     family = replace(
         family,

@@ -22,7 +22,7 @@ from m2d.devices import pick_dtype
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Content, Spec, write_checkpoint
 from m2d.models.entries import Entry
-from m2d.models.fingerprint import kinship, require_teacher
+from m2d.models.fingerprint import marks_of, require_teacher
 from m2d.models.folded import Folds, folds_of
 from m2d.models.hub import licence_of, revision_of
 from m2d.models.teacher import Teacher, count_parameters, open_teacher
@@ -177,8 +177,7 @@ def about_models(teacher: Teacher, skeleton: torch.nn.Module) -> StudentRecord:
         "revision": revision_of(teacher.folder),
         **licence_of(teacher.folder),
         "config_sha256": sha256_of(teacher.folder / "config.json"),
-        "fingerprint": teacher.fingerprint,
-        "kinship": kinship(teacher.folder),
+        **marks_of(teacher.folder, teacher.skeleton),
     }
     architecture = teacher.family.student_architecture
     return StudentRecord().having(
