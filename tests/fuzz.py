@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -428,7 +428,7 @@ def not_finite(place: Path) -> bool:
 FAULTS = ("TRACEBACK", "HANG", "CRASH", "LINES", "NOT FINITE", "left over")
 
 
-def fuzz(seeds: range, folder: Path) -> tuple[Counter[str], list[tuple[Case, str, str]]]:
+def fuzz(seeds: Sequence[int], folder: Path) -> tuple[Counter[str], list[tuple[Case, str, str]]]:
     """The classes of these cases, and every fault's case, class and output."""
     sound = folder / "sound"
     sound.mkdir()

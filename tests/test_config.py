@@ -3,17 +3,20 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from m2d.cli import build_parser
 from m2d.distill.settings import DistillSettings
 from m2d.errors import UserError
-from m2d.pipeline.schema import Settings
+from m2d.pipeline.commands import token_options
+from m2d.pipeline.schema import DistillationTokenSettings, Settings, TokensSettings
 from m2d.pipeline.settings import check_config, load_config
 from m2d.settings import as_options
+from m2d.tokens.encode import BOS, LOSS_ON
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -220,3 +223,27 @@ def test_the_schema_for_editors_is_the_models() -> None:
     file = REPOSITORY / "workflow" / "schemas" / "config.schema.json"
     schema = json.loads(file.read_text(encoding="utf-8"))
     assert schema == Settings.model_json_schema()
+
+
+def test_token_sequences_take_the_options_of_tokenize() -> None:
+    kinds = DistillationTokenSettings.model_fields
+    words = {"bos": BOS, "loss_on": LOSS_ON}
+    for name, known in words.items():
+        choices = get_args(get_args(kinds[name].annotation)[0])
+        assert choices == tuple(known)
+    tokens = {"dataset": "chats", "sequences": 4, "length": 16, "column": "turns of talk"}
+    chosen = TokensSettings(
+        calibration=tokens,
+        test={**tokens, "bos": "none"},
+        distillation={**tokens, "loss_on": "assistant"},
+    ).model_dump(exclude_none=True)
+    first = ["--sequences", "4", "--length", "16", "--column", "turns of talk"]
+    assert token_options(chosen["calibration"]) == first
+    assert token_options(chosen["test"]) == [*first, "--bos", "none"]
+    assert token_options(chosen["distillation"]) == [*first, "--loss-on", "assistant"]
+    parsed = build_parser("tokenize").parse_args(
+        ["tokenize", "t", "o", "--text", "f", *token_options(chosen["distillation"])]
+    )
+    assert (parsed.loss_on, parsed.column) == ("assistant", "turns of talk")
+    with pytest.raises(ValidationError, match="loss_on"):  # statistics are of all tokens
+        TokensSettings(calibration={**tokens, "loss_on": "assistant"}, test=tokens)

@@ -14,6 +14,8 @@ from m2d.distill.settings import DistillSettings
 from m2d.errors import UserError
 from m2d.settings import as_options
 
+# Of token sequences, all but the text itself; keys left out say nothing.
+OF_TOKENS = ("sequences", "length", "column", "bos", "loss_on")
 # Of a recipe's keys, those that say how the teacher runs.
 OF_TEACHER = ("teacher_top_k", "teacher_dtype")
 
@@ -21,6 +23,11 @@ OF_TEACHER = ("teacher_top_k", "teacher_dtype")
 def compute_options(teacher: Mapping[str, Any]) -> list[str]:
     """How a teacher and its students are computed."""
     return as_options(teacher, ("dtype", "batch"))
+
+
+def token_options(tokens: Mapping[str, Any]) -> list[str]:
+    """How `m2d tokenize` cuts a text."""
+    return as_options(tokens, OF_TOKENS)
 
 
 def text_files_of(config: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[str]:

@@ -101,6 +101,17 @@ class TokenSettings(Section):
     """Number of sequences."""
     length: Count
     """Tokens of a sequence."""
+    column: Text | None = None
+    """Of the dataset, the column that holds the text or the chats; found if left out."""
+    bos: Literal["auto", "document", "sequence", "none"] | None = None
+    """Where a beginning-of-sequence token stands; auto, as the tokenizer has it, if left out."""
+
+
+class DistillationTokenSettings(TokenSettings):
+    """Token sequences, and which of their tokens the loss counts."""
+
+    loss_on: Literal["all", "assistant"] | None = None
+    """Of chats, all tokens, also if left out, or what the assistant says."""
 
 
 class TokensSettings(Section):
@@ -110,7 +121,7 @@ class TokensSettings(Section):
     """For routing and Gram statistics."""
     test: TokenSettings
     """For perplexity."""
-    distillation: TokenSettings | None = None
+    distillation: DistillationTokenSettings | None = None
     """For distillation, in an order that follows from the seed, a new one every epoch."""
 
 

@@ -137,6 +137,8 @@ def read_grid(files: Iterable[str | Path]) -> pd.DataFrame:
             frame = frame.astype(known)
             if not np.isfinite(frame["perplexity"]).all():
                 raise ValueError("a perplexity is NaN or infinite")
+            if np.isinf(frame.select_dtypes("number").astype(float)).any(axis=None):
+                raise ValueError("a number in it is infinite")
         frames.append(frame.assign(teacher=place_of(file).teacher))
     if not frames:
         return pd.DataFrame()

@@ -133,7 +133,9 @@ def render(tokenizer: Any, chat: Chat, **options: Any) -> str:
             "give plain text, or the tokenizer of a model that was made for chat"
         )
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+        rendered.encode()  # a template's half of a surrogate pair is no text
+        return rendered
     except Exception as error:  # a template is a program of its own, and raises what it likes
         roles = ", ".join(str(message["role"]) for message in chat[:6])
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -76,7 +76,9 @@ def load_tokenizer(model: str | Path) -> Any:
     """A model folder's tokenizer; no code of the folder is run."""
     folder = locate(model)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found("a")  # some of what is wrong in tokenizer_config.json shows only then
+        return found
     except Exception as error:
         raise UserError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
 
@@ -153,7 +155,7 @@ def identity_of(teacher: str, sources: Iterable[str]) -> list[Any]:
     parts: list[Any] = [
         [file.name, sha256_of(file)]
         for file in sorted(locate(teacher).iterdir())
-        if file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens"))
+        if file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "chat_template"))
     ]
     for source in sources:
         place = Path(source if Path(source).exists() else source.partition(":")[0])

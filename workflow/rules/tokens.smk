@@ -44,11 +44,10 @@ rule make_tokens:
         runtime=sized("make_tokens", "runtime"),
     params:
         model=model_of,
-        settings=token_settings,
+        options=lambda wildcards: commands.token_options(token_settings(wildcards)),
         source=lambda wildcards: commands.text_options(config, dataset_of(wildcards)),
         code=teacher_code("m2d.tokens.tokenize"),
     shell:
         """
-        m2d tokenize {params.model:q} {output:q} {params.source:q} \
-            --sequences {params.settings[sequences]:q} --length {params.settings[length]:q} 2>{log:q}
+        m2d tokenize {params.model:q} {output:q} {params.source:q} {params.options:q} 2>{log:q}
         """
