@@ -55,6 +55,20 @@ def scratch_folder(out: str | Path) -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
 
 
+@contextlib.contextmanager
+def renewed_folder(out: str | Path) -> Iterator[Path]:
+    """Give a folder for files that go into `out` together, over those of the same names.
+
+    On an exception `out` stays as it was.
+    """
+    out = Path(out)
+    with scratch_folder(out) as temporary:
+        yield Path(temporary)
+        out.mkdir(exist_ok=True)
+        for file in sorted(Path(temporary).iterdir()):
+            file.replace(out / file.name)
+
+
 # The process's umask can only be read by setting it, which threads would see.
 UMASK = os.umask(0o022)
 os.umask(UMASK)

@@ -15,7 +15,8 @@ import stat
 from collections.abc import Iterator
 from glob import escape
 from pathlib import Path
-from typing import Any
+
+from safetensors import SafetensorError
 
 from m2d.errors import UserError
 
@@ -157,14 +158,31 @@ def sweep(out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def describe_failure(error: BaseException) -> str:
-    """One line for what the system, not the user's files, has refused."""
+# What libraries written in other languages say of a write that failed, and its reason.
+NOT_WRITTEN = re.compile(
+    r".*(?:I/O error: |Detail: \[errno \d+\] )(?P<reason>[^(\n]+)|.*PytorchStreamWriter failed",
+    re.S,
+)
+
+
+def describe_failure(error: BaseException, out: str | Path | None = None) -> str | None:
+    """One line for what the system, not the user's files, has refused; None for other errors.
+
+    out: what was being written, where the error does not name a file.
+    """
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "not enough memory; give a smaller --batch, or run it on a larger machine"
     if isinstance(error, RecursionError):
         return "a file is nested too deeply"
-    if isinstance(error, OSError):
-        names: list[Any] = [name for name in (error.filename, error.filename2) if name is not None]
+    if type(error).__name__ == "OutOfMemoryError":
+        return "not enough memory on the GPU; give a smaller --batch"
+    foreign = NOT_WRITTEN.match(str(error))
+    if foreign and isinstance(error, OSError | RuntimeError | SafetensorError):
+        reason = (foreign["reason"] or "a file cannot be written; is the disk full?").strip()
+    elif isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
-        return ": ".join([*map(str, names[:1]), reason])
-    return "not enough memory on the GPU; give a smaller --batch"
+    else:
+        return None
+    names = [error.filename, error.filename2] if isinstance(error, OSError) else []
+    named = next((str(name) for name in [*names, out] if name is not None), None)
+    return reason if named is None else f"{named}: {reason}"

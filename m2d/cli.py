@@ -111,17 +111,16 @@ def main(arguments: list[str] | None = None) -> int:
             importlib.import_module(COMMANDS[args.command][0]).main(args)
     except UserError as error:
         return failed(args, str(error))
-    except (OSError, MemoryError, RecursionError) as error:
-        return failed(args, describe_failure(error))
     except ModuleNotFoundError as error:
         reason = missing_extra(error)
         if reason is None:
             raise
         return failed(args, reason)
-    except RuntimeError as error:  # what torch has for memory
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+    except Exception as error:
+        reason = describe_failure(error, getattr(args, "out", None))
+        if reason is None:
             raise
-        return failed(args, describe_failure(error))
+        return failed(args, reason)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from m2d.claims import claim, claimed
 from m2d.distill.checkpoints import checkpoints_in, newest_sound, seal
 from m2d.distill.result import other_work
 from m2d.errors import UserError
+from tests.fuzz import make_sound
+from tests.kills import STAGES
 
 
 def refused(words: list, capsys: pytest.CaptureFixture) -> str:
@@ -196,3 +199,39 @@ def test_the_work_of_other_outputs_is_left_alone(tmp_path: Path) -> None:
 def test_written_json_comes_back(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"ü": [1, None]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"ü": [1, None]}
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, tokens, statistics and a student, for commands that then find the disk full."""
+    place, back = tmp_path_factory.mktemp("small"), Path.cwd()
+    try:
+        make_sound(place)
+    finally:
+        os.chdir(back)
+    return place
+
+
+@pytest.mark.parametrize(
+    "stage", ["stats", "gram", "neurons", "merge", "grid", "teacher-logits", "distill", "tables"]
+)
+def test_a_disk_that_takes_no_more_is_one_line(
+    stage: str, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Files may grow to 600 bytes: a library written in Rust, C++ or Python meets it."""
+    monkeypatch.chdir(small_run)
+    out = tmp_path / "out"
+    words = [str(out) if word == "out" else word for word in STAGES[stage]]
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+    try:
+        code = cli.main(words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert code == 2
+    assert len(said) == 1
+    assert "File too large" in said[0]
+    assert stage == "teacher-logits" or not out.exists()  # which others may be adding shards to
+    assert not list(tmp_path.glob(".out.*.partial"))
+    assert cli.main(words) == 0  # with room again, the same command does it

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
-from m2d.artifacts import reading
+from m2d.artifacts import reading, renewed_folder
 from m2d.progress import say
 from m2d.report import plot_experts as experts
 from m2d.report import plot_grid as grid
@@ -153,6 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     tables = make_tables(args.grid, args.perplexity, args.evaluation, args.provenance)
     figures = make_figures(tables, args.statistics, args.gram, args.metrics, args.provenance or [])
-    for name, draw in figures.items():
-        save(draw(), args.out, name)
+    with renewed_folder(args.out) as folder:
+        for name, draw in figures.items():
+            save(draw(), folder, name)
     say(f"{args.out}: " + ", ".join(figures))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from m2d.artifacts import atomic_path, write_text
+from m2d.artifacts import atomic_path, renewed_folder, write_text
 from m2d.errors import UserError
 from m2d.methods import table as methods
 from m2d.progress import say
@@ -222,6 +222,7 @@ def main(args: argparse.Namespace) -> None:
     tables = make_tables(
         args.grid, args.perplexity, args.evaluation, args.provenance, args.benchmarks
     )
-    for name, frame in tables.items():
-        write_table(frame, name, args.out)
+    with renewed_folder(args.out) as folder:
+        for name, frame in tables.items():
+            write_table(frame, name, folder)
     say(f"{args.out}: " + ", ".join(f"{name} ({len(frame)})" for name, frame in tables.items()))
