@@ -259,6 +259,24 @@ def compare_upstream(found: list[Found], root: Path) -> None:
                 files += sorted({*folder.glob("*.json"), *folder.glob("rankings*/*.json")})
         for path, fault in faults_of(records, dict.fromkeys(files)).items():
             students[path].faults.append(fault)
+        for path, student in students.items():
+            student.faults += [] if student.faults else foreign_results(path)
+
+
+def foreign_results(student: Path) -> list[str]:
+    """What to say of results beside a student that were not measured on its weights."""
+    from m2d.models.fingerprint import fingerprint
+
+    name = student.name
+    files = [student.with_name(f"{name}.perplexity.json")]
+    files += sorted(student.with_name(f"{name}.eval").glob("*.json"))
+    lines = []
+    for file in filter(Path.is_file, files):
+        result = read_json(file)
+        noted = result.get("model_fingerprint") if isinstance(result, dict) else None
+        if noted is not None and noted != fingerprint(student):
+            lines.append(f"{file.name} was measured on other weights; measure it again")
+    return lines
 
 
 def compare_teachers(found: list[Found], root: Path, expected: str | None) -> None:

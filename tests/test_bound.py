@@ -1,5 +1,6 @@
 """Artifacts are bound to the teacher that made them, and to their own bytes."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -333,6 +334,30 @@ def test_verify_names_what_is_of_another_run(
     with pytest.raises(SystemExit):
         run("verify", copy["student"], "--teacher", runs[1]["teacher"])
     assert "belongs to another run" in capsys.readouterr().out
+
+
+def test_a_result_is_of_the_weights_beside_it(
+    copy: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, tokens = copy["student"], copy["tokens"]
+    file = student.with_name("student.perplexity.json")
+    measure = ("perplexity", student, "--tokens", tokens, "--out", file, "--dtype", "float32")
+    assert run(*measure) == 0
+    result = read_json(file)
+    ids = load_file(tokens)["input_ids"].long().numpy()
+    assert result["tokens_sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
+    assert result["model_fingerprint"] == fingerprint(student)
+    assert (result["dtype"], result["computed_on"]["device"]) == ("float32", "cpu")
+    assert result["computed_on"]["threads"] == torch.get_num_threads()
+    assert verify(capsys, copy["teacher"].parent)[0] == 0
+    shutil.rmtree(student)
+    assert run("merge", copy["teacher"], student, *chosen(copy)[:-1], 2) == 0
+    shutil.rmtree(copy["refit"])  # of the student that was there
+    code, said, _ = verify(capsys, copy["teacher"].parent)
+    assert code == 1
+    assert "student.perplexity.json was measured on other weights" in said
+    assert run(*measure) == 0
+    assert verify(capsys, copy["teacher"].parent)[0] == 0
 
 
 def verify(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from m2d import cli
 from m2d.errors import UserError
 from m2d.evaluate.lm_eval import evaluate
+from m2d.models.fingerprint import fingerprint
 
 WORDS = ["expert", "router", "token", "layer", "dense", "sparse", "merge", "score", "large"]
 SEED = 1234  # lm-eval's default seed for drawing few-shot examples
@@ -339,6 +340,8 @@ def test_batch_size_is_found_and_stdout_stays_clean(
     options = {"shots": 1, "datasets": tmp_path, "dtype": "float32", "device": "cpu"}
     found = evaluate(str(model), ["winogrande"], **options)["winogrande"]
     fixed = evaluate(str(model), ["winogrande"], batch_size="1", **options)["winogrande"]
+    assert found["model_fingerprint"] == fingerprint(Path(model))
+    assert (found["dtype"], found["computed_on"]["device"]) == ("float32", "cpu")
     assert found["config"]["batch_size"] == "auto"
     assert found["config"]["batch_sizes"]
     assert found["results"] == fixed["results"]

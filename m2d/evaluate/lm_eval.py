@@ -71,8 +71,9 @@ def evaluate(
     from lm_eval.api.registry import get_model
     from lm_eval.utils import handle_non_serializable
 
-    from m2d.devices import announce, compute_dtype, dtype_name, pick_device
+    from m2d.devices import announce, compute_dtype, computed_on, dtype_name, pick_device
     from m2d.evaluate.backends import check_for_vllm, one_reader
+    from m2d.models.fingerprint import fingerprint
     from m2d.models.teacher import dtype_of, locate, read_config
 
     _quieten()
@@ -125,6 +126,9 @@ def evaluate(
         result["config"].update({"model": backend, "model_args": arguments})
         result["transformers_version"] = transformers.__version__
         result["lm_eval_version"] = importlib.metadata.version("lm_eval")
+        result["dtype"] = dtype
+        result["computed_on"] = computed_on(pick_device(device))
+        result["model_fingerprint"] = fingerprint(locate(model))
         plain = json.loads(json.dumps(result, default=handle_non_serializable))
         results[task] = _portable(plain, include)
     return results

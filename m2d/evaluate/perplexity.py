@@ -6,18 +6,21 @@ predicted), with log-likelihoods in float32 and their sum in float64.
 """
 
 import argparse
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from m2d.artifacts import write_json
-from m2d.devices import announce, compute_dtype, dtype_name, pick_device
+from m2d.devices import announce, compute_dtype, computed_on, dtype_name, pick_device
 from m2d.errors import UserError
+from m2d.models.fingerprint import fingerprint
 from m2d.models.hub import name_of
 from m2d.models.load import load_model
 from m2d.models.stream import StreamedTeacher
@@ -52,6 +55,9 @@ class Perplexity:
     sequences: int
     stderr: float | None  # of the perplexity; None with one window
     dtype: str  # of the computation
+    computed_on: dict[str, Any]  # m2d.devices.computed_on
+    model_fingerprint: str | None  # of the weights
+    tokens_sha256: str  # of the ids, int64 in rows of `length`
     protocol: str = PROTOCOL
 
 
@@ -91,8 +97,18 @@ def streamed_nll(stream: StreamedTeacher, tokens: Tensor, batch: int) -> Tensor:
     )
 
 
-def make_result(model: str, sums: Tensor, tokens: Tensor, dtype: torch.dtype) -> Perplexity:
-    """Perplexity from the summed negative log-likelihoods [S] of tokens [S, T]."""
+def make_result(
+    model: str,
+    sums: Tensor,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: str | None,
+) -> Perplexity:
+    """Perplexity from the summed negative log-likelihoods [S] of tokens [S, T].
+
+    weights: their fingerprint; None for a model that is in no folder.
+    """
     sequences, length = tokens.shape
     nll = float(sums.sum()) / (sequences * (length - 1))
     perplexity = math.exp(nll) if nll < LARGEST_NLL else math.inf  # NaN stays NaN
@@ -101,7 +117,17 @@ def make_result(model: str, sums: Tensor, tokens: Tensor, dtype: torch.dtype) ->
         error = perplexity * float((sums / (length - 1)).std()) / math.sqrt(sequences)
     predicted = sequences * (length - 1)
     return Perplexity(
-        model, perplexity, nll, predicted, length, sequences, error, dtype_name(dtype)
+        model=model,
+        perplexity=perplexity,
+        nll=nll,
+        n_tokens=predicted,
+        length=length,
+        sequences=sequences,
+        stderr=error,
+        dtype=dtype_name(dtype),
+        computed_on=computed_on(device),
+        model_fingerprint=weights,
+        tokens_sha256=hashlib.sha256(tokens.long().contiguous().numpy().tobytes()).hexdigest(),
     )
 
 
@@ -121,7 +147,8 @@ def measure(
         network = load_model(folder, config, chosen, device, narrow=True)
         parts = progress(tokens.split(batch), "perplexity, batches")
         sums = torch.cat([loaded_nll(network, part, batch, device) for part in parts])
-    result = make_result(Path(name_of(model)).name, sums, tokens, chosen)
+    name, weights = Path(name_of(model)).name, fingerprint(folder)
+    result = make_result(name, sums, tokens, chosen, device, weights)
     if not math.isfinite(result.perplexity):
         raise UserError(
             f"{model}: its loss is {result.nll:.6g} nats per token, which is no perplexity; are "

@@ -181,7 +181,7 @@ def measure_plans(
     for digest, plan in progress(list(distinct.items()), "grid, students"):
         start = time.monotonic()
         sums = loaded_nll(student.become(plan), tokens, batch, device)
-        result = make_result(digest, sums, tokens, dtype)
+        result = make_result(digest, sums, tokens, dtype, device, None)
         results[digest] = (result, time.monotonic() - start)
     return [
         {
