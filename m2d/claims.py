@@ -100,6 +100,8 @@ def claim(out: str | Path, part: str = "") -> Iterator[None]:
     Raises UserError where it is taken, or where nothing can be written.
     """
     out = Path(out)
+    if not out.name:
+        raise UserError(f"{str(out)!r}: is no name for an output")
     room = os.pathconf("/", "PC_NAME_MAX") - ROOM_IN_NAME
     if (length := len(os.fsencode(out.name))) > room:
         raise UserError(f"{out.name[:40]}...: a name of {length} bytes; at most {room} fit")

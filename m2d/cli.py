@@ -8,6 +8,7 @@ import argparse
 import importlib
 import signal
 import sys
+from typing import NoReturn
 
 from m2d import __version__
 from m2d.claims import claimed, describe_failure
@@ -66,9 +67,16 @@ EXTRAS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are of bounded length, whatever was given."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shortened(message))
+
+
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser with every command named, and the arguments of `command` alone."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="m2d", description="Turn a Mixture-of-Experts language model into a dense one."
     )
     parser.add_argument("--version", action="version", version=f"m2d {__version__}")

@@ -8,6 +8,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 SPREADS = ("auto", "balanced", "sequential")
 
 
+# Beyond it a whole number is a slip; products of two still fit in 64 bits after a check.
+MOST = 10**12
+LARGEST_SEED = 2**32 - 1  # numpy's
+
+
 STUDENT_CLASSES = ("sibling", "same")
 
 
@@ -29,13 +34,27 @@ def add_student_options(parser: argparse._ActionsContainer) -> None:
 
 def positive(text: str) -> int:
     """A whole number of at least 1 (an argparse type)."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    value = _whole(text)
+    if value is None or not 1 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 1 to {MOST:g}")
     return value
+
+
+def seed(text: str) -> int:
+    """A whole number from 0 on, for a generator of random numbers (an argparse type)."""
+    value = _whole(text)
+    if value is None or not 0 <= value <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a whole number from 0 to {LARGEST_SEED}"
+        )
+    return value
+
+
+def _whole(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from pydantic_core import core_schema
 
 from m2d.errors import UserError
 from m2d.methods import table
+from m2d.options import LARGEST_SEED, MOST
 from m2d.renamed import KEYS
 
 SHOWN = 100  # characters of a user's value in an error line
@@ -73,9 +74,9 @@ class MethodOf:
 
 
 Number = BeforeValidator(as_number)
-Count = Annotated[int, Number, Field(ge=1)]
-Whole = Annotated[int, Number, Field(ge=0)]
-Integer = Annotated[int, Number]
+Count = Annotated[int, Number, Field(ge=1, le=MOST)]
+Whole = Annotated[int, Number, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Number, Field(ge=0, le=LARGEST_SEED)]
 Positive = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Number, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -209,3 +209,29 @@ def test_every_extra_is_one_of_the_package() -> None:
     for package, extra in cli.EXTRAS.items():
         named = " ".join(project["optional-dependencies"][extra])
         assert package.replace("_kernel", "-kernel").replace("_eval", "-eval") in named
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["convert", "t", "o", "--batch", "1" + "0" * 20], "is not a whole number from 1 to 1e+12"),
+        (["convert", "t", "o", "--batch", "٠"], "is not a whole number from 1 to"),
+        (["convert", "t", "o", "--keep", "a" * 5000], "is not a whole number from 1 to"),
+        (["convert", "t", "o", "--student-class", "a" * 5000], "invalid choice"),
+        (["baseline", "t", "o", "--kind", "random_ffn", "--seed", "-1"], "from 0 to 4294967295"),
+        (["distill", "s", "t", "o", "--tokens", "f", "--seed", "4294967296"], "must be less than"),
+        (["distill", "s", "t", "o", "--tokens", "f", "--steps", "1" * 30], "must be less than"),
+        (["card", "s", "--out", ""], "is no name for an output"),
+    ],
+)
+def test_absurd_values_are_one_short_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = cli.main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in error
+    assert len(error) < 700

@@ -174,8 +174,11 @@ def test_not_a_mapping(values: object) -> None:
 
 
 def test_unreadable_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         load_config(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"a: caf\xe9")
+    with pytest.raises(UserError, match="0xe9 is not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1", encoding="utf-8")
     with pytest.raises(UserError, match="not YAML"):
         load_config(tmp_path / "broken.yaml")

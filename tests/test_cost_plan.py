@@ -133,7 +133,7 @@ def test_from_any_folder_with_a_config_of_its_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["estimate", "all_mine"]) == 2
-    assert "config.yaml: cannot be read (No such file" in capsys.readouterr().err
+    assert "config.yaml: no such file" in capsys.readouterr().err
     (tmp_path / "my config.yaml").write_text(
         "teachers: {t: {model: openai/gpt-oss-20b}}\n"
         "pipelines: {all_mine: {teachers: [t], students: ['{sf,cp}-k{top_k}']}}\n"

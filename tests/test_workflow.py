@@ -217,8 +217,8 @@ WITHOUT_EFFECT = {
     "a strategy that no recipe has": ("m2d/distill/trainer.py", '"stage": 3', '"stage": 1'),
     "an option that no recipe has": (
         "m2d/distill/settings.py",
-        "    seed: Integer = 0",
-        "    ema: NotNegative | None = None\n    seed: Integer = 0",
+        "    seed: Seed = 0",
+        "    ema: NotNegative | None = None\n    seed: Seed = 0",
     ),
     "a setting's description": ("m2d/distill/settings.py", "Peak of the schedule", "The peak"),
     "words of a method that no student has": (SCORING, "whose outputs together best", "that best"),

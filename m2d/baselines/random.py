@@ -19,7 +19,7 @@ from m2d.devices import pick_dtype
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family
 from m2d.models.teacher import Teacher, count_parameters, open_teacher
-from m2d.options import DTYPES, add_student_options
+from m2d.options import DTYPES, add_student_options, seed
 from m2d.progress import say
 from m2d.students.merge import about_models, write_folder
 from m2d.students.tensors import StudentTensors, build_student_skeleton, stored_shapes
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="the folder to write")
     add_student_options(parser)
     parser.add_argument("--kind", choices=KINDS, required=True, help="what is new")
-    parser.add_argument("--seed", type=int, default=0, help="of the new weights (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the new weights (0)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the student (default: as on disk)")
 
 

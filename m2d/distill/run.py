@@ -126,6 +126,10 @@ def make_recipe(
             f"{args.tokens}: its {sequences} sequences do not fill one step of --batch "
             f"{args.batch}; give more tokens, a smaller --batch, or --steps"
         )
+    if steps * args.batch >= 2**62:
+        raise UserError(
+            f"--steps {steps} of --batch {args.batch}: more sequences than there can be"
+        )
     warmup = steps // WARMUP_SHARE if args.warmup_steps is None else args.warmup_steps
     decay = steps // DECAY_SHARE if args.decay_steps is None else args.decay_steps
     if warmup + decay > steps:

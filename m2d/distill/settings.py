@@ -7,11 +7,11 @@ from m2d.distill.optimizers import OPTIMIZERS
 from m2d.settings import (
     ComputeDtype,
     Count,
-    Integer,
     MethodOf,
     NotNegative,
     Positive,
     Section,
+    Seed,
     Share,
     Whole,
 )
@@ -63,5 +63,5 @@ class DistillSettings(Section):
     """Less memory, slower."""
     compile: bool = False
     """torch.compile both models."""
-    seed: Integer = 0
+    seed: Seed = 0
     """Order of the tokens."""

@@ -28,7 +28,7 @@ from m2d.errors import UserError
 from m2d.models.fingerprint import fingerprint
 from m2d.models.hub import name_of
 from m2d.models.teacher import dtype_of, locate, read_config
-from m2d.options import add_compute_options, positive
+from m2d.options import add_compute_options, positive, seed
 from m2d.progress import progress, say
 from m2d.tokens.dataset import PackedTokens
 
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher-top-k", type=positive, help="experts per token (its own)")
     parser.add_argument("--rows", type=positive, default=1024, help="sequences of a shard (1024)")
     parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="of the shards")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the draws (0)")
     parser.add_argument(
         "--device-map", type=device_map, metavar="MAP", help="spread the teacher: auto, or JSON"
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from m2d.artifacts import reading
 from m2d.errors import UserError
 from m2d.pipeline.expand import expand_pipelines
 from m2d.pipeline.resources import read_sizes
@@ -59,12 +60,11 @@ def goes_with(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
 
 def load_config(path: str | Path) -> Config:
     """Read and check a config file; see `check_config`."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    with reading(path, "a config in YAML"):
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        except yaml.YAMLError as error:  # which says on several lines where
+            raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     return check_config(values)
 
 
