@@ -2,23 +2,28 @@
 
 Time is predicted from a probe: the teacher's first MoE layer is read and run on a few sequences,
 every pass over it that the conversion will make is timed, and so is a step of training a student's
-FFN. Shapes: n calibration tokens, W the student's width, H hidden size.
+FFN. Alignment, the last part, then gets the steps that fit what time is left, at the speed that the
+rest turned out to have. Shapes: n calibration tokens, W the student's width, H hidden size.
 """
 
 import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from m2d.artifacts import make_own_folder, read_json, reading, write_json
 from m2d.choose.neurons import top_neurons
 from m2d.errors import UserError
+from m2d.models.resume import identity, kept_folder
 from m2d.models.routers import routed_rows
 from m2d.models.teacher import Teacher
+from m2d.progress import say
 from m2d.recipes import Conversion
 from m2d.refit.align import AlignSettings, Examples, train_block
 from m2d.refit.fold import FoldTotals
@@ -30,7 +35,11 @@ from m2d.statistics.routing import RoutingTotals
 
 UNITS = {"s": 1, "min": 60, "h": 3600}
 COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-MARGIN = 0.85  # of a budget of time: the probe is short, and other things run on a machine
+# Of a budget of time, what a plan may take, since a probe is short and a machine runs other things;
+# once all but alignment is done, alignment may take the rest, up to the second share.
+MARGIN, LAST_MARGIN = 0.75, 0.95
+LEAST_STEPS = 10  # of alignment where time has run short
+PACE = (0.5, 4.0)  # how far off a probe is taken to be
 PASSES = 4  # of alignment over the calibration tokens
 STEPS = (40, 320)  # least and most of alignment; more hardly helps
 MOST_TOKENS = 2**20  # the paper's calibration
@@ -46,19 +55,32 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What a conversion takes, in seconds."""
+class Part:
+    """Seconds that a part of a conversion takes."""
 
-    fixed: float
+    fixed: float = 0.0
     """Reading the teacher as often as it is passed through, and solving."""
-    token: float
+    token: float = 0.0
     """For each calibration token."""
+
+    def seconds(self, tokens: int) -> float:
+        return self.fixed + tokens * self.token
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a conversion takes."""
+
+    before: Part
+    """All that comes before alignment."""
+    align: Part
     step: float
-    """For each step of alignment, of all layers together."""
+    """Seconds for each step of alignment, of all layers together."""
 
     def seconds(self, tokens: int, steps: int) -> float:
         """The whole conversion."""
-        return self.fixed + tokens * self.token + steps * self.step
+        aligning = self.align.seconds(tokens) + steps * self.step if steps else 0.0
+        return self.before.seconds(tokens) + aligning
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,18 @@ def choose(budget: Budget, how: Conversion, length: int, speed: Speed | None) ->
     raise UserError(f"--budget: too small for two sequences of {length} tokens{least}")
 
 
+def steps_left(budget: float, speed: Speed, tokens: int, spent: float, since_probe: float) -> int:
+    """Steps of alignment for the time that is left of a `budget` of seconds.
+
+    spent: seconds since the beginning, since_probe: those that all but alignment took, by which the
+    probe is corrected. At least LEAST_STEPS, even where no time is left.
+    """
+    pace = since_probe / max(speed.before.seconds(tokens), 1e-9)
+    pace = min(PACE[1], max(PACE[0], pace))
+    left = (LAST_MARGIN * budget - spent) / pace - speed.align.seconds(tokens)
+    return min(STEPS[1], max(LEAST_STEPS, int(left / max(speed.step, 1e-9))))
+
+
 @torch.no_grad()
 def measure_speed(
     teacher: Teacher, how: Conversion, tokens: Tensor, batch: int, width: int,
@@ -157,22 +191,92 @@ def measure_speed(
     else:
         token += timed(RoutingTotals(teacher).visit) + timed(GramTotals().visit) - plain
     student = _student_step(teacher, dtype, device, width)
-    for part in (how.refit, how.align):
-        if part:
-            token, passes = token + plain + student / 3, passes + 1
-    solve = _solve(width, device) * (len(RIDGES) * (bool(how.refit) + bool(how.align)))
-    if how.choice == "greedy" and how.granularity == "neurons":
-        solve += _solve(width, device) * 3 * CANDIDATES_PER_NEURON
+    solve = _solve(width, device)
+    ridges, greedy = len(RIDGES), how.choice == "greedy" and how.granularity == "neurons"
+    solutions = 3 * CANDIDATES_PER_NEURON if greedy else 0
+    again = plain + student / 3  # both models' passes of refit, and of alignment
+    if how.refit:
+        token, passes, solutions = token + again, passes + 1, solutions + ridges
     layers, moe = len(model.layers), len(teacher.moe_layers)
     model.drop(layer)
-    step = student * AlignSettings().tokens * moe if how.align else 0.0
-    return Speed(layers * load * passes + moe * solve, layers * token, step)
+    before = Part(layers * load * passes + moe * solve * solutions, layers * token)
+    if not how.align:
+        return Speed(before, Part(), 0.0)
+    align = Part(layers * load + moe * solve * ridges, layers * again)
+    return Speed(before, align, student * AlignSettings().tokens * moe)
 
 
-def describe_choice(
-    text: str, chosen: Chosen, tokens: Tensor, budget: Budget, speed: Speed | None
-) -> str:
+@dataclass(frozen=True)
+class Paced:
+    """A conversion under a budget, on its way."""
+
+    limit: Budget
+    chosen: Chosen
+    speed: Speed | None
+    """None for a budget of tokens, and where an earlier run has chosen."""
+    file: Path
+    """Where the choice is kept for a run that goes on after a kill."""
+    started: float
+    """The times of beginning and of the choice, of time.monotonic."""
+    begun: float
+
+    def steps(self, tokens: int) -> int:
+        """Steps of alignment, now that all the rest is done."""
+        if self.speed is None or self.limit.seconds is None or not self.chosen.steps:
+            return self.chosen.steps
+        now = time.monotonic()
+        spent = (now - self.started, now - self.begun)
+        steps = steps_left(self.limit.seconds, self.speed, tokens, *spent)
+        remember(self.file, replace(self.chosen, steps=steps))
+        say(f"{spent[0]:,.0f} s have gone: {steps} alignment steps fit the rest of the budget")
+        return steps
+
+
+def pace(
+    limit: Budget, how: Conversion, teacher: Teacher, probe: Tensor, width: int, out: str | Path,
+    *, batch: int, dtype: torch.dtype, device: torch.device, started: float,
+) -> Paced:  # fmt: skip
+    """What fits the budget: of an earlier run that was killed, or from the speed of this machine.
+
+    probe: the first sequences [n, length]; width: the student's; started: of time.monotonic.
+    """
+    what = identity(teacher.folder, probe, batch, dtype, width=width, **asdict(how))
+    file = kept_folder(out, {**what, **asdict(limit)}) / "budget.json"
+    speed = chosen = None
+    if limit.seconds is not None:
+        chosen = remembered(file)
+        if chosen is None:
+            speed = measure_speed(teacher, how, probe, batch, width, dtype, device)
+    if chosen is None:
+        chosen = choose(limit, how, probe.shape[1], speed)
+    if speed is not None:
+        remember(file, chosen)
+    return Paced(limit, chosen, speed, file, started, time.monotonic())
+
+
+def remembered(file: Path) -> Chosen | None:
+    """What an earlier run has chosen, which was killed; None where there was none."""
+    if not file.is_file():
+        return None
+    try:
+        with reading(file, "what a run with --budget has chosen"):
+            kept = read_json(file)
+            found = Chosen(int(kept["sequences"]), int(kept["steps"]), None)
+    except UserError as error:
+        raise UserError(f"{error}; remove {file.parent} to begin anew") from None
+    say(f"going on with what an earlier run has chosen, in {file.parent}")
+    return found
+
+
+def remember(file: Path, chosen: Chosen) -> None:
+    """Keep a choice beside the output."""
+    make_own_folder(file.parent)
+    write_json(file, {"sequences": chosen.sequences, "steps": chosen.steps})
+
+
+def describe_choice(text: str, paced: Paced, tokens: Tensor) -> str:
     """What was chosen, and why."""
+    chosen, speed = paced.chosen, paced.speed
     line = f"budget {text}: {len(tokens):,} sequences of {tokens.shape[1]:,} calibration tokens"
     if len(tokens) < chosen.sequences:
         line += f" (all that there are; {chosen.sequences:,} would fit)"
@@ -181,8 +285,10 @@ def describe_choice(
         return line
     seconds = speed.seconds(tokens.numel(), chosen.steps)
     return (
-        f"{line}; about {seconds:,.0f} s by a probe of this machine: {speed.fixed:.1f} s for "
-        f"reading and solving, {1000 * speed.token:.2g} ms a token, {speed.step:.2g} s a step"
+        f"{line}; about {seconds:,.0f} s by a probe of this machine: "
+        f"{speed.before.fixed + speed.align.fixed:.1f} s for reading and solving, "
+        f"{1000 * (speed.before.token + speed.align.token):.2g} ms a token, {speed.step:.2g} s a "
+        "step" + (" (to be corrected by what the rest will have taken)" if speed.step else "")
     )
 
 

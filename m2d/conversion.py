@@ -1,6 +1,7 @@
 """One call from teacher to student: calibrate, fold, score, choose, merge, refit and align."""
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from m2d.artifacts import require_absent, scratch_folder, sha256_of
-from m2d.budget import choose, describe_choice, measure_speed, parse_budget
+from m2d.budget import describe_choice, pace, parse_budget
 from m2d.choose.grouping import GROUPINGS
 from m2d.choose.layer_statistics import LayerStatistics
 from m2d.choose.neuron_statistics import CHOICES, neuron_plan
@@ -106,6 +107,7 @@ def convert(
 
     Raises UserError on bad input, before anything is written.
     """
+    started = time.monotonic()
     if sum(source is not None for source in (text, tokens, dataset)) != 1:
         raise UserError("give one of text, tokens, dataset as the calibration data")
     given = {
@@ -152,22 +154,19 @@ def convert(
             column=column, bos=bos, vocab_size=vocabulary,
         )  # fmt: skip
 
+    paced = None
     if limit:
         at_most = calibration_at_most(calibration)
-        probe = at_most(2 * batch)
-        speed = None
-        if limit.seconds is not None:
-            neurons = (
-                chosen_width(opened, width, params, multiple)
-                if how.granularity == "neurons"
-                else None
-            )
-            path = neurons or opened.top_k * opened.expert_width
-            speed = measure_speed(opened, how, probe, batch, path, computed_in, chosen_device)
-        fits = choose(limit, how, probe.shape[1], speed)
-        input_ids = at_most(fits.sequences)
-        how = replace(how, align=fits.steps)
-        say(describe_choice(budget or "", fits, input_ids, limit, speed))
+        path = opened.top_k * opened.expert_width
+        if how.granularity == "neurons":
+            path = chosen_width(opened, width, params, multiple)
+        paced = pace(
+            limit, how, opened, at_most(2 * batch), path, out,
+            batch=batch, dtype=computed_in, device=chosen_device, started=started,
+        )  # fmt: skip
+        input_ids = at_most(paced.chosen.sequences)
+        how = replace(how, align=paced.chosen.steps)
+        say(describe_choice(budget or "", paced, input_ids))
     else:
         input_ids = calibration(sequences or (SEQUENCES if tokens is None else None))
     source = str(dataset)
@@ -224,7 +223,7 @@ def convert(
             target = Path(folder) / "refitted" if how.align else out
             last = write_refitted(last, target, opened.family, found, about_refit)
         if how.align:
-            settings = AlignSettings(steps=how.align)
+            settings = AlignSettings(paced.steps(input_ids.numel()) if paced else how.align)
             last = align_student(opened, last, out, input_ids, settings, **options)
     remove_kept(out)
     return last

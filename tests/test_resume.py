@@ -71,7 +71,7 @@ def digests(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("always_kept")
-@pytest.mark.parametrize("command", ["stats", "gram", "neurons"])
+@pytest.mark.parametrize("command", ["stats", "gram", "neurons", "fold"])
 @pytest.mark.parametrize("layer", [1, 3])
 def test_statistics_go_on_at_the_last_finished_layer(
     command: str, layer: int, place: Path, tmp_path: Path, loaded: list[int], monkeypatch: Any

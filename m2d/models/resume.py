@@ -72,15 +72,19 @@ class Together:
             part.restore(layer, own)
 
 
+def kept_folder(out: str | Path, what: dict[str, Any]) -> Path:
+    """The hidden folder beside `out` of what depends on all that `what` says (JSON values)."""
+    out = Path(out)
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+    return out.parent / f".{out.name}.layers-{digest}"
+
+
 class Kept:
     """What a pass keeps beside its output. `finished`: how many layers need not be run again."""
 
     def __init__(self, out: str | Path, totals: Totals, what: dict[str, Any]):
         """what: all that the totals depend on, JSON values only; see `identity`."""
-        out = Path(out)
-        text = json.dumps(what, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        self.folder = out.parent / f".{out.name}.layers-{digest}"
+        self.folder = kept_folder(out, what)
         self.totals = totals
         self.finished = self.file = 0  # the layers, and the file of the states after them
         self.last = time.monotonic()
