@@ -9,6 +9,7 @@ import argparse
 import os
 import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from m2d.options import AUTO
 from m2d.progress import say
 from m2d.settings import NotNegative, add_option, number_of
 
-# Per the paper: 100 + 300 of 3000 steps.
-WARMUP_SHARE, DECAY_SHARE = 30, 10
+# Defaults, of which docs/distillation.md has the evidence. One of so many steps is warm-up (the
+# paper's 100 of 3000), such a share decay; and no more sequences a step than leave that many steps.
+WARMUP_SHARE, DECAY_SHARE = 30, 0.3
+MOST_BATCH, LEAST_STEPS = 384, 1000
+# The peak: the paper's, and lower for a student that starts better, by the last of its repairs.
+LEARNING_RATE, REPAIRED = 1e-4, {"align": 1 / 4, "refit": 1 / 2}
 
 
 # The options of each group of `m2d distill --help`; what is settable stands in DistillSettings.
@@ -101,49 +106,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--tensorboard", type=Path, help="folder for TensorBoard's event files")
 
 
+def chosen_batch(sequences: int, steps: int | None, at_once: int) -> int:
+    """Sequences of a step: one pass over all of them in `steps`, or in LEAST_STEPS or more.
+
+    A multiple of `at_once`, those on all devices at a time, and at most MOST_BATCH.
+    """
+    wanted = min(MOST_BATCH, sequences // (steps or LEAST_STEPS))
+    return max(wanted // at_once, 1) * at_once
+
+
 def make_recipe(
     args: argparse.Namespace,
     strategy: str,
     sequences: int,
     precision: str,
     teacher_dtype: str,
+    repairs: Collection[str] = (),
 ) -> Any:
     """The recipe of the command line; `sequences` are those of the token file.
 
-    precision and teacher_dtype: what `auto` stands for on this device.
+    precision and teacher_dtype: what `auto` stands for on this device. repairs: the student's, of
+    REPAIRED.
     """
     from m2d.distill.trainer import Recipe
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.batch % (args.device_batch * processes):
+    at_once = args.device_batch * processes
+    batch = args.batch or chosen_batch(sequences, args.steps, at_once)
+    if batch % at_once:
         raise UserError(
-            f"--batch {args.batch}: must be a multiple of --device-batch {args.device_batch} "
+            f"--batch {batch}: must be a multiple of --device-batch {args.device_batch} "
             f"times {processes} process{'es' * (processes > 1)}"
         )
-    steps = args.steps or sequences // args.batch
+    steps = args.steps or sequences // batch
     if not steps:
         raise UserError(
             f"{args.tokens}: its {sequences} sequences do not fill one step of --batch "
-            f"{args.batch}; give more tokens, a smaller --batch, or --steps"
+            f"{batch}; give more tokens, a smaller --batch, or --steps"
         )
-    if steps * args.batch >= 2**62:
-        raise UserError(
-            f"--steps {steps} of --batch {args.batch}: more sequences than there can be"
-        )
+    if steps * batch >= 2**62:
+        raise UserError(f"--steps {steps} of --batch {batch}: more sequences than there can be")
+    shares = [share for repair, share in REPAIRED.items() if repair in repairs]
+    peak = args.learning_rate or LEARNING_RATE * (shares[0] if shares else 1)
     warmup = steps // WARMUP_SHARE if args.warmup_steps is None else args.warmup_steps
-    decay = steps // DECAY_SHARE if args.decay_steps is None else args.decay_steps
+    decay = int(steps * DECAY_SHARE) if args.decay_steps is None else args.decay_steps
     if warmup + decay > steps:
         raise UserError(
             f"--warmup-steps {warmup} and --decay-steps {decay} are more than the {steps} steps"
         )
-    floor = args.learning_rate / 10 if args.min_learning_rate is None else args.min_learning_rate
-    if floor > args.learning_rate:
-        raise UserError(
-            f"--min-learning-rate {floor:g}: is above --learning-rate {args.learning_rate:g}"
-        )
+    floor = 0.0 if args.min_learning_rate is None else args.min_learning_rate
+    if floor > peak:
+        raise UserError(f"--min-learning-rate {floor:g}: is above --learning-rate {peak:g}")
     given = {name: getattr(args, name) for name in DistillSettings.model_fields}
     worked_out = {
         "steps": steps,
+        "batch": batch,
+        "learning_rate": peak,
         "min_learning_rate": floor,
         "warmup_steps": warmup,
         "decay_steps": decay,
@@ -222,6 +240,7 @@ def run(args: argparse.Namespace) -> None:
     from m2d.models.hub import name_of
     from m2d.models.load import check_model, load_model
     from m2d.models.teacher import dtype_of, locate, make_skeleton, quiet, read_config
+    from m2d.students.record import read_record
     from m2d.tokens.dataset import PackedTokens
     from m2d.tokens.tokenizers import require_same_tokens
 
@@ -260,7 +279,9 @@ def run(args: argparse.Namespace) -> None:
     )
     precision = broadcast(lambda: precision_on(args.precision, device))
     teacher_dtype = dtype_name(computed_in) if computed_in else AUTO
-    recipe = make_recipe(args, strategy, tokens.sequences, precision, teacher_dtype)
+    made_by = read_record(student_folder / "m2d.json", absent=True)  # before the work, not after
+    repairs = [name for name in REPAIRED if getattr(made_by, name) is not None]
+    recipe = make_recipe(args, strategy, tokens.sequences, precision, teacher_dtype, repairs)
     tokens.items = recipe.steps * recipe.batch
     first = os.environ.get("RANK", "0") == "0"
     if first:
@@ -269,10 +290,8 @@ def run(args: argparse.Namespace) -> None:
     from m2d.distill import result, trainer, watch
     from m2d.distill.checkpoints import newest_sound
     from m2d.students.files import check_others
-    from m2d.students.record import read_record
 
-    if first:  # what the result is made of is read before the work, not after
-        read_record(student_folder / "m2d.json", absent=True)
+    if first:
         check_others(student_folder)
     identity = broadcast(
         lambda: result.identity(recipe, student_folder, teacher_folder, args.tokens)

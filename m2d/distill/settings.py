@@ -18,22 +18,23 @@ from m2d.settings import (
 
 
 class DistillSettings(Section):
-    """Options of `m2d distill`. The defaults are the paper's, but for the number of steps."""
+    """Options of `m2d distill`. docs/distillation.md has what the defaults were measured to be."""
 
     steps: Count | None = None
     """Optimizer steps; one pass over the tokens if left out."""
-    batch: Count = 384
-    """Sequences of a step, on all GPUs."""
+    batch: Count | None = None
+    """Sequences of a step, on all GPUs; if left out, as many as leave 1,000 steps, at most 384."""
     device_batch: Count = 4
     """Sequences at a time on one GPU."""
-    learning_rate: Positive = 1e-4
-    """Peak of the schedule (warm-up, stable, decay)."""
+    learning_rate: Positive | None = None
+    """Peak of the schedule (warm-up, stable, decay); if left out, 1e-4, half of it for a refitted
+    student and a quarter for an aligned one."""
     min_learning_rate: NotNegative | None = None
-    """Start and end of the schedule; a tenth of the peak if left out."""
+    """Start and end of the schedule; 0 if left out."""
     warmup_steps: Whole | None = None
     """Steps of linear warm-up; a thirtieth of all if left out."""
     decay_steps: Whole | None = None
-    """Steps of decay at the end; a tenth of all if left out."""
+    """Steps of decay at the end; 30 % of all if left out."""
     decay: Literal["linear", "cosine", "1-sqrt"] = "linear"
     """Shape of the decay."""
     optimizer: Annotated[str, MethodOf("optimizer")] = OPTIMIZERS.default

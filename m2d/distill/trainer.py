@@ -22,7 +22,7 @@ from m2d.distill.loss import Head, distillation_loss, stored_loss
 from m2d.distill.optimizers import OPTIMIZERS
 from m2d.distill.settings import DistillSettings
 from m2d.errors import UserError
-from m2d.settings import Count, NotNegative, Whole
+from m2d.settings import Count, NotNegative, Positive, Whole
 from m2d.tokens.dataset import PackedTokens
 
 KEPT_CHECKPOINTS = 2
@@ -42,6 +42,8 @@ class Recipe(DistillSettings):
     """
 
     steps: Count
+    batch: Count
+    learning_rate: Positive
     min_learning_rate: NotNegative
     warmup_steps: Whole
     decay_steps: Whole

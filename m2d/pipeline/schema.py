@@ -331,6 +331,8 @@ class RecipeSettings(ResourceSettings, DistillSettings):
 
     steps: Count
     """Optimizer steps."""
+    batch: Count = 384
+    """Sequences of a step, on all GPUs."""
     teacher_logits: StoredLogitsSettings | None = None
     """Run the teacher once, and store its logits."""
 

@@ -3,6 +3,7 @@
 Used by the Snakefile, so nothing here imports torch or numpy.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ def _check_sizes(config: Config) -> None:
             _check_keep({"keep": keep}, name, teacher, f"teachers.{name}.keeps.{i}")
     for name, recipe in config["recipes"].items():
         key = f"config: recipes.{name}"
-        steps, peak = recipe["steps"], recipe["learning_rate"]
+        steps, peak = recipe["steps"], recipe.get("learning_rate", math.inf)
         used = recipe.get("warmup_steps", 0) + recipe.get("decay_steps", 0)
         if used > steps:
             raise UserError(
