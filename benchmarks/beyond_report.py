@@ -116,8 +116,8 @@ def cost_table(rows: list[Row], cost: dict[str, Cost]) -> list[str]:
     """Operations of making and of distilling each student, and CPU seconds where they were timed
     on one thread.
     """
-    heads = ["parameters", "choosing", "refit", "align", "distillation, 65,536", "327,680",
-             "CPU seconds: making it", "distillation, 65,536", "327,680"]  # fmt: skip
+    heads = ["parameters", "choosing", "refit", "align", "distilling 65,536", "327,680 tokens",
+             "CPU seconds: making it", "distilling 65,536", "327,680 tokens"]  # fmt: skip
     lines = ["| student | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
     for name, one in cost.items():
         own = [row for row in rows if row["student"] == name]
@@ -133,7 +133,7 @@ def cost_table(rows: list[Row], cost: dict[str, Cost]) -> list[str]:
 
 def all_in_table(rows: list[Row], cost: dict[str, Cost]) -> list[str]:
     """KL after so many operations, all that a student takes counted."""
-    goals = [1e12, 2e12, 5e12, 1e13]
+    goals = [1e12, 2e12, 5e12, 9e12]
     lines = ["| student | " + " | ".join(f"{goal / 1e12:g}" for goal in goals) + " |"]
     lines.append("|---" + "|---:" * len(goals) + "|")
     for name, one in cost.items():
