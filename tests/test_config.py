@@ -86,7 +86,7 @@ def test_a_teacher_needs_its_model_alone(original: dict[str, Any]) -> None:
         ("recipes.demo.learning_rate", 0, "recipes.demo.learning_rate: 0: must be greater than 0"),
         ("recipes.demo.decay", "lineer", "recipes.demo.decay: unknown value 'lineer'; did you mean "
          "linear? allowed: linear, cosine, 1-sqrt"),
-        ("recipes.demo.warmup_steps", 321, "recipes.demo.steps: 320 is less than"),
+        ("recipes.demo.warmup_steps", 79, "recipes.demo.steps: 80 is less than"),
         ("recipes.demo.min_learning_rate", 1, "recipes.demo.min_learning_rate: 1 is more than"),
         ("recipes.paper-300m-stored.loss", "reverse_kl", "recipes.paper-300m-stored.loss: "
          "reverse_kl, but with teacher_logits it is forward_kl"),
