@@ -1,8 +1,8 @@
 """Which settings of distillation suit which student: batch, learning rate and schedule.
 
 Students of benchmarks/beyond.py are distilled with each combination, all seeds; every result is a
-line of WORK/settings.jsonl, and what is there is not repeated. `--report` prints the tables that
-docs/distillation.md has.
+line of WORK/settings.jsonl, and what is there is not repeated. `--report` puts the table
+into docs/distillation.md.
 
     python benchmarks/distillation_settings.py WORK --corpus CORPUS --students do-acp both
 """
@@ -20,6 +20,7 @@ from beyond import LENGTH, load_float32, measure, read_data, teacher_states, tra
 from beyond_students import STUDENTS, make_student
 from torch import Tensor
 
+from m2d.artifacts import write_text
 from m2d.distill.trainer import head_of
 from m2d.models.teacher import quiet
 
@@ -29,6 +30,7 @@ SCHEDULES = {
     "last 10 % linear to a tenth": (0.1, 0.1),  # the paper's
     "cosine to 0": (0.0, 0.0),
 }
+BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
 Row = dict[str, Any]
 
 
@@ -95,13 +97,17 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES))
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--document", type=Path, default=Path("docs/distillation.md"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     results = args.work / "settings.jsonl"
     rows = [json.loads(x) for x in results.read_text().splitlines()] if results.exists() else []
     if args.report:
-        print("\n".join(report(rows)))
+        text = args.document.read_text(encoding="utf-8")
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        body = "\n".join(report(rows))
+        write_text(args.document, f"{before}{BEGIN}\n{body}\n{END}{after}")
         return
     done = [{k: v for k, v in r.items() if k not in ("seconds", "perplexity", "kl")} for r in rows]
     with quiet():

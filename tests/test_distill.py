@@ -1,5 +1,6 @@
 """Distillation: parity over processes, stops and kills, and what the result holds."""
 
+import argparse
 import json
 import os
 import random
@@ -33,7 +34,7 @@ from transformers import (
 )
 
 from m2d.cli import main
-from m2d.distill import watch
+from m2d.distill import run, watch
 from m2d.distill.trainer import check_head, hidden_states
 from m2d.errors import UserError
 from m2d.tokens import packed as data
@@ -515,3 +516,34 @@ def test_every_epoch_is_a_permutation(place: Path) -> None:
     assert int(again[99]["row"]) == rows[99]
     other = PackedTokens(place / "tokens.safetensors", seed=4, items=100)
     assert [int(other[i]["row"]) for i in range(40)] != rows[:40]
+
+
+@pytest.mark.parametrize(
+    ("repairs", "options", "expected"),
+    [  # steps, batch, peak, floor, warm-up, decay
+        # 146,304 sequences in 1,000 steps or more are 146 a step, in fours 144: 1,016 steps.
+        ([], [], (1016, 144, 1e-4, 0.0, 33, 304)),
+        (["refit"], [], (1016, 144, 5e-5, 0.0, 33, 304)),
+        (["align", "refit"], [], (1016, 144, 2.5e-5, 0.0, 33, 304)),
+        (["align"], ["--learning-rate", "1e-3"], (1016, 144, 1e-3, 0.0, 33, 304)),
+        ([], ["--steps", "200"], (200, 384, 1e-4, 0.0, 6, 60)),
+        ([], ["--steps", "80000"], (80000, 4, 1e-4, 0.0, 2666, 24000)),
+        ([], ["--batch", "384", "--decay-steps", "38"], (381, 384, 1e-4, 0.0, 12, 38)),
+    ],
+)
+def test_defaults_follow_from_tokens_and_student(
+    repairs: list[str], options: list[str], expected: tuple[float, ...]
+) -> None:
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    args = parser.parse_args(["student", "teacher", "out", "--tokens", "file", *options])
+    recipe = run.make_recipe(args, "single", 146_304, "fp32", "float32", repairs)
+    found = (
+        recipe.steps,
+        recipe.batch,
+        recipe.learning_rate,
+        recipe.min_learning_rate,
+        recipe.warmup_steps,
+        recipe.decay_steps,
+    )
+    assert found == pytest.approx(expected, abs=0)
