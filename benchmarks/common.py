@@ -70,6 +70,19 @@ def kind_of_cpu() -> str:
     return f"{kind}; computes in {dtype_name(COMPUTE)}"
 
 
+def gpu_name() -> str:
+    return torch.cuda.get_device_name()
+
+
+def compute_on(device: torch.device) -> torch.dtype:
+    """What m2d computes a bfloat16 checkpoint in on a device."""
+    return compute_dtype(None, torch.bfloat16, device)
+
+
+def device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=torch.device, default=CPU, help="cpu, or a GPU: cuda")
+
+
 LAYER_BYTES = 2 * (128 * 3 * 768 * 2048 + 2 * 2048 * 4096 + 2 * 2048 * 512 + 128 * 2048)
 FREE_BYTES = 10e9  # for four layers, students and copies
 
@@ -155,8 +168,15 @@ def cpu_time_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def clock_of(cpu_time: bool) -> tuple[Callable[[], float], str]:
+def clock_of(cpu_time: bool, device: torch.device = CPU) -> tuple[Callable[[], float], str]:
     """The clock, and what to say of it; for CPU time, torch is held to one thread."""
+    if device.type == "cuda":
+
+        def finished() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return finished, "wall time with the GPU's work done"
     if not cpu_time:
         return time.perf_counter, f"wall time, {torch.get_num_threads()} threads"
     torch.set_num_threads(1)
@@ -192,5 +212,6 @@ def peak_memory(arguments: list[str]) -> tuple[float, float]:
 def report(name: str, ratio: float, target: str, how: str, **details: object) -> None:
     """Print one measurement."""
     line = {"name": name, "ratio": float(f"{ratio:.3g}"), "target": target, "how": how}
-    line |= {"cpu": kind_of_cpu(), **details}
+    line |= {"cpu": kind_of_cpu()} | ({"gpu": gpu_name()} if torch.cuda.is_available() else {})
+    line |= details
     print(json.dumps(line), flush=True)

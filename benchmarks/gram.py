@@ -3,26 +3,29 @@
 import argparse
 
 import torch
-from common import COMPUTE, clock_of, cpu_time_option, report, side_by_side
+from common import clock_of, compute_on, cpu_time_option, device_option, report, side_by_side
 from torch import nn
 
 from m2d.models.experts import StackedExperts
 from m2d.statistics.gram import GramTotals, inner_products
 
 EXPERTS, WIDTH, HIDDEN, TOP_K = 128, 768, 2048, 8
-PRODUCT = 4096
+PRODUCT = 4096  # rows and columns; on a GPU twice that
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     cpu_time_option(parser)
+    device_option(parser)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    clock, timing = clock_of(args.cpu_time)
+    clock, timing = clock_of(args.cpu_time, args.device)
+    compute = compute_on(args.device)
+    torch.set_default_device(args.device)
     tokens = args.tokens
     torch.manual_seed(0)
-    make = {"dtype": torch.bfloat16}  # as on disk; the products are in COMPUTE
+    make = {"dtype": torch.bfloat16}  # as on disk; the products are in `compute`
     experts = StackedExperts(
         torch.empty(EXPERTS, 2 * WIDTH, HIDDEN, **make).normal_(0, 0.02),
         torch.empty(EXPERTS, HIDDEN, WIDTH, **make).normal_(0, 0.02),
@@ -30,13 +33,14 @@ def main() -> None:
     )
     router = nn.Linear(HIDDEN, EXPERTS, bias=False).to(torch.bfloat16)
     router.requires_grad_(False)
-    hidden = torch.randn(tokens, HIDDEN).to(COMPUTE)
+    hidden = torch.randn(tokens, HIDDEN).to(compute)
     index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
-    weights = torch.full((tokens, TOP_K), 1 / TOP_K, dtype=COMPUTE)
+    weights = torch.full((tokens, TOP_K), 1 / TOP_K, dtype=compute)
     totals = GramTotals()
     # The first batch also computes the weights' own Gram matrix, once a layer.
     totals.visit(0, router, experts, hidden[:8], index[:8], weights[:8], weights[:8])
-    a, b = (torch.randn(PRODUCT, PRODUCT).to(COMPUTE) for _ in range(2))
+    size = PRODUCT if args.device.type == "cpu" else 2 * PRODUCT
+    a, b = (torch.randn(size, size).to(compute) for _ in range(2))
     times = side_by_side(
         {
             "gram": lambda: totals.visit(0, router, experts, hidden, index, weights, weights),
@@ -48,14 +52,14 @@ def main() -> None:
     expert_flops = 6 * tokens * EXPERTS * WIDTH * HIDDEN
     gram_flops = tokens * EXPERTS * (EXPERTS + 1) * HIDDEN
     achieved = (expert_flops + gram_flops) / times["gram"]
-    machine = 2 * PRODUCT**3 / times["product"]
+    machine = 2 * size**3 / times["product"]
     report(
         "Gram FLOP/s / the fastest matrix product's FLOP/s",
         achieved / machine,
         ">= 0.6",
         f"{tokens} tokens, {EXPERTS} experts of {WIDTH}, hidden {HIDDEN}, bfloat16 weights; FLOPs "
         "counted: all "
-        f"experts on all tokens, one triangle; against {PRODUCT}^3; medians of {args.repeats} in "
+        f"experts on all tokens, one triangle; against {size}^3; medians of {args.repeats} in "
         f"turns; "
         f"{timing}",
         gram_gflops=round(achieved / 1e9),

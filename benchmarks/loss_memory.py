@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import COMPUTE, report
+from common import clock_of, compute_on, device_option, report
 from torch import Tensor
 
 from m2d.distill.loss import Head, distillation_loss
@@ -29,7 +29,8 @@ def full_logits(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Te
 
 
 def chunked(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=torch.bfloat16 == COMPUTE):
+    on, narrow = student.device.type, student.dtype == torch.bfloat16
+    with torch.autocast(on, torch.bfloat16, enabled=narrow):
         return distillation_loss(student, Head(head), teacher, Head(teacher_head))
 
 
@@ -47,25 +48,34 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def worker(version: str, tokens: int, hidden: int, vocabulary: int) -> None:
+def worker(version: str, tokens: int, hidden: int, vocabulary: int, device: torch.device) -> None:
     """Measure one forward and backward on each line of stdin; answer with a JSON line."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    student = torch.randn(tokens, hidden).to(COMPUTE).requires_grad_()
+    torch.set_default_device(device)
+    compute, on_gpu = compute_on(device), device.type == "cuda"
+    clock = clock_of(False, device)[0]
+    student = torch.randn(tokens, hidden).to(compute).requires_grad_()
     head = (torch.randn(vocabulary, hidden) * 0.05).requires_grad_()
-    teacher = torch.randn(tokens, hidden).to(COMPUTE)
-    teacher_head = (torch.randn(vocabulary, hidden) * 0.05).to(COMPUTE)
-    reset_peak()
-    before = resident_bytes("VmRSS")
+    teacher = torch.randn(tokens, hidden).to(compute)
+    teacher_head = (torch.randn(vocabulary, hidden) * 0.05).to(compute)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        reset_peak()
+        before = resident_bytes("VmRSS")
     for _ in sys.stdin:
         student.grad = head.grad = None
-        start, cpu = time.perf_counter(), time.process_time()
+        start, cpu = clock(), time.process_time()
         loss = VERSIONS[version](student, head, teacher, teacher_head)
         (loss / tokens).backward()
+        seconds = clock() - start
+        peak = torch.cuda.max_memory_allocated() if on_gpu else resident_bytes("VmHWM")
         result = {
-            "seconds": time.perf_counter() - start,
-            "cpu_seconds": time.process_time() - cpu,
-            "bytes": resident_bytes("VmHWM") - before,
+            "seconds": seconds,
+            "busy_seconds": seconds if on_gpu else time.process_time() - cpu,
+            "bytes": peak - before,
             "loss": loss.item() / tokens,
         }
         print(json.dumps(result), flush=True)
@@ -77,12 +87,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--worker", choices=VERSIONS)
+    device_option(parser)
+    parser.add_argument("--worker", choices=VERSIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker, args.tokens, args.hidden, args.vocabulary)
+        worker(args.worker, args.tokens, args.hidden, args.vocabulary, args.device)
         return
     shape = ["--tokens", args.tokens, "--hidden", args.hidden, "--vocabulary", args.vocabulary]
+    shape += ["--device", args.device]
     runs: dict[str, list[dict]] = {name: [] for name in VERSIONS}
     processes = {}
     for name in VERSIONS:
@@ -98,8 +110,10 @@ def main() -> None:
     for process in processes.values():
         process.stdin.close()
         process.wait()
-    best = {name: min(run["cpu_seconds"] for run in results) for name, results in runs.items()}
+    best = {name: min(run["busy_seconds"] for run in results) for name, results in runs.items()}
     peak = {name: max(run["bytes"] for run in results) for name, results in runs.items()}
+    on_cpu = args.device.type == "cpu"
+    clock = "CPU" if on_cpu else "wall"
     how = (
         f"{args.tokens} tokens, hidden size {args.hidden}, vocabulary {args.vocabulary}; bf16 "
         "products, float32 softmax, 1 thread; "
@@ -108,7 +122,7 @@ def main() -> None:
         "chunked loss / full logits, memory",
         peak["chunked"] / peak["full"],
         "<= 0.33",
-        how + "peak resident memory above the inputs, a process each",
+        how + f"peak {'resident ' if on_cpu else ''}memory above the inputs, a process each",
         megabytes={name: round(value / 1e6) for name, value in peak.items()},
         loss={name: results[0]["loss"] for name, results in runs.items()},
     )
@@ -116,8 +130,8 @@ def main() -> None:
         "chunked loss / full logits, time",
         best["chunked"] / best["full"],
         "<= 1.1",
-        how + f"CPU time of forward and backward, best of {args.repeats} alternating runs",
-        cpu_seconds={name: round(value, 2) for name, value in best.items()},
+        how + f"{clock} time of forward and backward, best of {args.repeats} alternating runs",
+        seconds={name: round(value, 4) for name, value in best.items()},
     )
 
 

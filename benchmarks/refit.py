@@ -12,6 +12,8 @@ import torch
 from common import (
     COMPUTE,
     CPU,
+    clock_of,
+    device_option,
     peak_memory,
     real_shape_teacher,
     report,
@@ -32,34 +34,38 @@ PAPER_TOKENS = 512 * 2048
 RIDGES_OF_BENCHMARK = (1e-2, 1e-3)
 
 
-def sums(tokens: int) -> None:
+def sums(tokens: int, device: torch.device) -> None:
     """Adding a block of tokens to the moments, against its two matrix products in float32."""
-    h, y = torch.randn(tokens, WIDTH), torch.randn(tokens, HIDDEN)
-    moments = Moments.zero(WIDTH, HIDDEN)
+    h, y = (torch.randn(tokens, columns, device=device) for columns in (WIDTH, HIDDEN))
+    moments = Moments.zero(WIDTH, HIDDEN, device)
     times = side_by_side(
-        {"add": lambda: moments.add(h, y), "products": lambda: (h.T @ h, h.T @ y)}, repeats=2
+        {"add": lambda: moments.add(h, y), "products": lambda: (h.T @ h, h.T @ y)},
+        repeats=2,
+        clock=clock_of(False, device)[0],
     )
     report(
         "refit sums / matrix products",
         times["add"] / times["products"],
         "<= 1.3",
         f"{tokens} tokens of width {WIDTH}, float32 products added to float64 totals",
-        seconds=round(times["add"], 2),
-        seconds_per_layer_at_512x2048_tokens=round(times["add"] * PAPER_TOKENS / tokens),
+        seconds=round(times["add"], 4),
+        seconds_per_layer_at_512x2048_tokens=round(times["add"] * PAPER_TOKENS / tokens, 1),
         operations_per_token=2 * WIDTH * (WIDTH + HIDDEN),
         threads=torch.get_num_threads(),
     )
 
 
-def solution() -> None:
+def solution(device: torch.device) -> None:
     """One ridge, against one float64 matrix product [W, W] x [W, H] times the operations' ratio."""
-    noise = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
-    hth = noise + noise.T + 4 * WIDTH**0.5 * torch.eye(WIDTH, dtype=torch.float64)
-    hty = torch.randn(WIDTH, HIDDEN, dtype=torch.float64)
+    make = {"dtype": torch.float64, "device": device}
+    noise = torch.randn(WIDTH, WIDTH, **make)
+    hth = noise + noise.T + 4 * WIDTH**0.5 * torch.eye(WIDTH, **make)
+    hty = torch.randn(WIDTH, HIDDEN, **make)
     times = side_by_side(
         {"solve": lambda: solve_ridge(hth, hty, 1e-3, hty), "product": lambda: hth @ hty},
         repeats=1,
-        warm_up=False,
+        warm_up=device.type == "cuda",
+        clock=clock_of(False, device)[0],
     )
     operations = WIDTH**3 / 3 + 2 * WIDTH**2 * HIDDEN
     product = times["product"] * operations / (2 * WIDTH**2 * HIDDEN)
@@ -68,7 +74,7 @@ def solution() -> None:
         times["solve"] / product,
         "<= 2",
         f"one Cholesky factor [{WIDTH}, {WIDTH}] and {HIDDEN} solutions, float64",
-        seconds=round(times["solve"], 1),
+        seconds=round(times["solve"], 3),
         threads=torch.get_num_threads(),
     )
 
@@ -106,6 +112,7 @@ def memory(folder: Path, sequences: int, length: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     scratch_option(parser)
+    device_option(parser)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--whole", type=Path, metavar="TEACHER", help=argparse.SUPPRESS)
@@ -113,8 +120,10 @@ def main() -> None:
     if args.whole:
         whole(args.whole, args.sequences, args.length)
         return
-    sums(2048)
-    solution()
+    sums(2048, args.device)
+    solution(args.device)
+    if args.device != CPU:  # peak memory is this machine's
+        return
     with scratch_folder(args.scratch) as scratch:
         memory(real_shape_teacher(scratch, 1), args.sequences, args.length)
 

@@ -1,9 +1,11 @@
 """Train a small DeepSeek-V2 on the demo corpus, with AdamW: the second teacher of docs/beyond.md.
 
-Unlike the demo teacher it has a dense first layer, a shared expert, routing weights that are not
-renormalised, latent attention, and an optimiser that is not Muon. Half an hour on one core.
+Unlike the demo teacher it has a dense first layer, shared experts, routing weights that are not
+renormalised, latent attention, as many experts as DeepSeek-V2-Lite (6 of 64, and 2 shared) and an
+optimiser that is not Muon. It takes the steps that fit into the time: minutes on a GPU, hours on a
+CPU.
 
-    python benchmarks/second_teacher.py CORPUS TOKENIZER_FOLDER OUT
+    python benchmarks/second_teacher.py CORPUS TOKENIZER_FOLDER OUT --device cuda --minutes 4
 """
 
 import argparse
@@ -14,7 +16,6 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedModel
 
-from m2d.artifacts import atomic_path
 from m2d.demo.teacher import (
     balance_loss,
     batches,
@@ -26,26 +27,28 @@ from m2d.demo.teacher import (
     watch_routers,
 )
 
+FIRST, PACE = 10, 60  # steps between which the pace is taken
+
 
 def config(vocabulary: int, end: int) -> DeepseekV2Config:
     return DeepseekV2Config(
         vocab_size=vocabulary,
-        hidden_size=128,
-        num_hidden_layers=4,
+        hidden_size=256,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=4,
         q_lora_rank=None,
-        kv_lora_rank=64,
-        qk_nope_head_dim=16,
+        kv_lora_rank=128,
+        qk_nope_head_dim=32,
         qk_rope_head_dim=16,
         head_dim=16,
-        v_head_dim=32,
+        v_head_dim=64,
         first_k_dense_replace=1,
-        intermediate_size=240,
-        moe_intermediate_size=48,
-        n_routed_experts=32,
-        n_shared_experts=1,
-        num_experts_per_tok=4,
+        intermediate_size=512,
+        moe_intermediate_size=64,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
         norm_topk_prob=False,
         topk_method="greedy",
         n_group=1,
@@ -66,7 +69,7 @@ def step(
     tokens: torch.Tensor,
 ) -> float:
     routers.clear()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(tokens.device.type, torch.bfloat16):
         loss = language_model_loss(model, tokens)
     unbalance = sum(balance_loss(*router) for router in routers)
     (loss + 0.02 * unbalance).backward()
@@ -81,7 +84,8 @@ def main() -> None:
     parser.add_argument("corpus", type=Path, help="from m2d demo corpus")
     parser.add_argument("tokenizer", type=Path, help="the demo teacher's folder")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer)
@@ -90,6 +94,7 @@ def main() -> None:
     torch.manual_seed(0)
     own = config(len(tokenizer), tokenizer.eos_token_id)
     model = DeepseekV2ForCausalLM._from_config(own, experts_implementation="grouped_mm").train()
+    model.to(args.device)
     for name, parameter in model.named_parameters():
         if name.endswith(".gate.weight"):  # the class begins with zeros, which rank no experts
             torch.nn.init.normal_(parameter, std=own.initializer_range)
@@ -97,33 +102,26 @@ def main() -> None:
         model.parameters(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
     )
     routers = watch_routers(model)
-    # A killed run goes on from here.
-    checkpoint, first = args.out.with_name(args.out.name + ".checkpoint"), 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        first = state["step"]
-    start, mean = time.process_time(), 0.0
-    halves = (half for tokens in batches(documents, 0, 0) for half in tokens.chunk(2))
-    for number, tokens in enumerate(halves):
-        if number == args.steps:
+    # As many steps as fit, by the pace of the first; until then the rate does not depend on them.
+    start, mean, steps = time.monotonic(), 0.0, 10**6
+    paced = start
+    for number, tokens in enumerate(batches(documents, 0, 0)):
+        if number == steps:
             break
-        if number < first:
-            continue
+        if number == PACE:
+            left = 60 * args.minutes - (time.monotonic() - start)
+            steps = PACE + int(left * (PACE - FIRST) / (time.monotonic() - paced))
+        if number == FIRST:
+            paced = time.monotonic()
         for group in optimiser.param_groups:
-            group["lr"] = args.learning_rate * schedule(number, args.steps)
-        loss = step(model, optimiser, routers, tokens)
-        mean = loss if number == first else 0.95 * mean + 0.05 * loss
-        if number % 20 == 19:
-            spent = time.process_time() - start
-            print(f"step {number + 1}/{args.steps}, loss {mean:.3f}, {spent:.0f} s", flush=True)
+            group["lr"] = args.learning_rate * schedule(number, steps)
+        loss = step(model, optimiser, routers, tokens.to(args.device))
+        mean = 0.95 * mean + 0.05 * loss if number else loss
         if number % 100 == 99:
-            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            with atomic_path(checkpoint) as temporary:
-                torch.save({**state, "step": number + 1}, temporary)
+            spent = time.monotonic() - start
+            print(f"step {number + 1}/{steps}, loss {mean:.3f}, {spent:.0f} s", flush=True)
+    model.cpu()
     save_teacher(model, tokenizer, args.out)
-    checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

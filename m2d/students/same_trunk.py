@@ -103,20 +103,45 @@ class _Trunk:
         taps = [_Tap(layer) for layer in self.layers]
         self.taps = taps
         decoder_of(self.model).layers = nn.ModuleList(taps)
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        for path in text_paths(self.model):
-            prefix = f"{path}." if path else ""
-            part = self.model.get_submodule(path)
-            self._fill(part, prefix, {n.removeprefix(prefix) for n in tied}.__contains__)
+        self.tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        # Embedding and head are the largest weights: one of them at a time is in memory.
+        self.embedding = self._names(self.model.get_input_embeddings()) - self.tied
+        self.head = self._names(self.model.get_output_embeddings()) - self.tied - self.embedding
+        self._fill_but(self.tied | self.head)
         self.model.tie_weights()
         self.model(ids, use_cache=False, logits_to_keep=1)
+        self._empty(self.embedding)
         assert taps[0].hidden is not None
         self.hidden: Tensor = taps[0].hidden
         self.calls = [tap.call for tap in taps]
 
-    def _fill(self, module: nn.Module, prefix: str, skip: Callable[[str], bool]) -> None:
+    def _names(self, module: nn.Module | None) -> set[str]:
+        """The names of a module's own parameters in the whole model."""
+        own = {id(parameter) for parameter in module.parameters()} if module else set()
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if id(parameter) in own}
+
+    def _fill_but(self, left_out: set[str]) -> None:
+        for path in text_paths(self.model):
+            prefix = f"{path}." if path else ""
+            part = self.model.get_submodule(path)
+            self._fill(part, prefix, {n.removeprefix(prefix) for n in left_out}.__contains__)
+
+    def _empty(self, names: set[str]) -> None:
+        self._fill(self.model, "", names.__contains__, names)
+        self.model.tie_weights()
+
+    def _fill(
+        self,
+        module: nn.Module,
+        prefix: str,
+        skip: Callable[[str], bool],
+        only: set[str] | None = None,
+    ) -> None:
         """Give a module its weights; zeros where `skip` says so, which take no memory."""
         for name, parameter in list(module.named_parameters()):
+            if only is not None and name not in only:
+                continue
             if skip(name):
                 value = torch.zeros(1).expand(parameter.shape)
             else:
@@ -146,7 +171,12 @@ class _Trunk:
     def logits(self) -> Tensor:
         """The logits [1, T, V] of the last hidden states."""
         self.taps[-1].replay = self.hidden
-        return self.model(self.ids, use_cache=False).logits
+        again = self.head or self.embedding
+        self._fill(self.model, "", lambda _: False, again)
+        self.model.tie_weights()
+        logits = self.model(self.ids, use_cache=False).logits
+        self._empty(again)
+        return logits
 
 
 def feed_forward_paths(family: Family, layer: nn.Module) -> tuple[str, ...]:
