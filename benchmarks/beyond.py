@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from m2d.devices import pick_device
 from m2d.distill.loss import distillation_loss
 from m2d.distill.trainer import head_of, hidden_states
 from m2d.evaluate.perplexity import loaded_nll
@@ -53,13 +54,14 @@ def read_data(args: argparse.Namespace) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def last_states(model: Any, tokens: Tensor) -> Tensor:
-    return torch.cat([hidden_states(model, ids) for ids in tokens.split(16)])
+    return torch.cat([hidden_states(model, ids.to(model.device)).cpu() for ids in tokens.split(16)])
 
 
 def teacher_states(args: argparse.Namespace, model: nn.Module, data: dict[str, Tensor]) -> Any:
-    """The teacher's last hidden states on train and test tokens, computed once."""
+    """The teacher's last hidden states on train and test tokens, computed once; on a GPU if any."""
     file = args.work / "states.pt"
     if not file.exists():
+        model = copy.deepcopy(model).to(pick_device(None))
         states = {split: last_states(model, data[split]).bfloat16() for split in ("train", "test")}
         torch.save(states, file)
     return torch.load(file, weights_only=True, mmap=True)

@@ -15,7 +15,7 @@ from beyond_students import STUDENTS
 
 from m2d.evaluate.lm_eval import evaluate
 from m2d.models.teacher import quiet
-from m2d.students.merge import copy_tokenizer
+from m2d.students.files import WRITTEN_ANEW, copy_others
 
 TASKS = ("demo_continuation", "demo_package", "demo_parameter")
 
@@ -60,7 +60,7 @@ def main() -> None:
                     model = load_float32(student)
                     model.load_state_dict(torch.load(state, weights_only=True))
                     model.save_pretrained(scratch)
-                    copy_tokenizer(student, Path(scratch))
+                    copy_others(student, Path(scratch), (*WRITTEN_ANEW, "plan.json", "m2d.json"))
                     found = accuracy(Path(scratch), args.tasks, args.limit)
                 row = {"student": name, "seed": seed, "tokens": budget, **found}
                 with results.open("a", encoding="utf-8") as file:
