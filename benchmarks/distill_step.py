@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import clock_of, compute_on, device_option, report
+from common import COMPUTE, report
 from safetensors.torch import save_file
 from transformers import (
     Qwen3Config,
@@ -32,6 +32,7 @@ from m2d.distill.trainer import Recipe, make_trainer
 from m2d.models.widen import widen
 from m2d.tokens.dataset import PackedTokens
 
+PRECISION = "bf16" if torch.bfloat16 == COMPUTE else "fp32"
 VOCABULARY = 32_768
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -56,15 +57,9 @@ class Parts(TrainerCallback):
     """Times each step from the end of the last one, then the bare parts on the same machine."""
 
     def __init__(
-        self,
-        teacher: Any,
-        student: Any,
-        batches: Sequence[torch.Tensor],
-        clock: Any,
-        autocast: bool,
+        self, teacher: Any, student: Any, batches: Sequence[torch.Tensor], clock: Any
     ) -> None:
         self.teacher, self.student, self.batches, self.clock = teacher, student, batches, clock
-        self.autocast = autocast
         self.seconds: dict[str, list[float]] = {"step": [], "teacher": [], "student": []}
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -79,7 +74,7 @@ class Parts(TrainerCallback):
         self.seconds["teacher"].append(self.clock() - start)
         start = self.clock()
         for ids in self.batches:
-            with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=PRECISION == "bf16"):
                 loss = self.student(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
         self.student.zero_grad()
@@ -93,16 +88,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device-batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    device_option(parser)
     parser.add_argument("--wall", action="store_true", help="wall time, on an idle machine")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    compute, on_gpu = compute_on(args.device), args.device.type == "cuda"
-    precision = "bf16" if compute == torch.bfloat16 else "fp32"
-    teacher = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS)).bfloat16().to(args.device)
-    if compute != torch.bfloat16:
-        widen(teacher, compute)
+    teacher = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS)).bfloat16()
+    if torch.bfloat16 != COMPUTE:
+        widen(teacher, COMPUTE)
     student = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
     recipe = Recipe(
         steps=args.steps,
@@ -120,8 +112,8 @@ def main() -> None:
         temperature=1.0,
         cross_entropy_weight=0.0,
         teacher_top_k=None,
-        teacher_dtype=dtype_name(compute),
-        precision=precision,
+        teacher_dtype=dtype_name(COMPUTE),
+        precision=PRECISION,
         gradient_checkpointing=False,
         compile=False,
         strategy="single",
@@ -129,11 +121,8 @@ def main() -> None:
         seed=0,
     )
     ids = torch.randint(0, VOCABULARY, (args.batch, args.length))
-    wall = args.wall or on_gpu
-    clock = clock_of(False, args.device)[0] if wall else time.process_time
-    batches = ids.to(args.device).split(args.device_batch)
-    bare_student = copy.deepcopy(student).to(args.device)
-    parts = Parts(teacher, bare_student, batches, clock, precision == "bf16")
+    clock = time.perf_counter if args.wall else time.process_time
+    parts = Parts(teacher, copy.deepcopy(student), ids.split(args.device_batch), clock)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokens.safetensors"
         save_file({"input_ids": ids.repeat(args.steps, 1)}, file)
@@ -147,7 +136,7 @@ def main() -> None:
         "distillation step / its parts",
         median["step"] / bare,
         "<= 1.1",
-        f"{'wall' if wall else 'CPU'} time, 1 thread, {precision}, "
+        f"{'wall' if args.wall else 'CPU'} time, 1 thread, {PRECISION}, "
         f"{args.batch // args.device_batch} batches of {args.device_batch * args.length} tokens a "
         f"step; medians of {args.steps - 1} steps, each followed by the bare parts",
         seconds={name: round(value, 3) for name, value in median.items()},

@@ -85,7 +85,7 @@ def speeds(table: Table, device: torch.device) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         seconds = product_seconds(dtype, device, size, 3)
         number = f"{2 * size**3 / seconds / 1e12:.2f} TFLOP/s"
-        expected = "H100: about 50 (float32), 600 to 800 (bfloat16)"
+        expected = "H100: 38 (float32), 620 to 720 (bfloat16)"
         name = f"product of {size}, {str(dtype).removeprefix('torch.')}"
         table.add(Row(name, "", round(seconds, 4), number, expected))
     chosen = str(compute_dtype(None, torch.bfloat16, device)).removeprefix("torch.")

@@ -153,11 +153,13 @@ def test_sums_by_hand() -> None:
         np.testing.assert_allclose(sums[name], value, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("parts", [1, 3, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inner_products_are_of_float32_accuracy(dtype: torch.dtype) -> None:
-    """Also for bfloat16 rows, whose products a plain matrix product would round to 3 digits."""
+def test_inner_products_are_of_float32_accuracy(dtype: torch.dtype, parts: int) -> None:
+    """Also for bfloat16 rows, whose products a plain matrix product would round to 3 digits; and
+    for many chunks at a time, as a GPU takes them."""
     rows = torch.randn(70, 200_000, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found, exact = inner_products(rows), rows.double() @ rows.double().T
+    found, exact = inner_products(rows, parts), rows.double() @ rows.double().T
     error = (found - exact).abs().max() / exact.abs().max()
     assert error < 2e-6
     assert (found == found.T).all()

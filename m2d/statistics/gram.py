@@ -25,31 +25,44 @@ from m2d.statistics.shards import LayerSums, gram_statistics
 
 # Memory that all experts' outputs on a chunk of tokens may take on a CPU.
 CHUNK_BYTES = 220_000_000
-COLUMNS_AT_ONCE = 16_384  # columns of the outputs that are widened to float32 at a time
+COLUMNS_AT_ONCE = 16_384  # columns of the outputs whose products are summed in float32
+GPU_PARTS = 128  # so many of these at a time fill a GPU; 1 GB for 128 experts
 # Rows of one block of the upper triangle: in smaller ones the products cost more than is saved.
 BLOCK_ROWS = 64
 
 
-def inner_products(rows: Tensor) -> Tensor:
+def inner_products(rows: Tensor, parts: int | None = None) -> Tensor:
     """rows @ rows.T, float64 [R, R] of [R, M], accumulated in float32 within chunks of M.
 
     Only blocks on and above the diagonal are computed. Rows of bfloat16 are multiplied as
-    bfloat16 (exact products), with float32 sums.
+    bfloat16 (exact products), with float32 sums. parts: chunks at a time; a GPU takes many.
     """
     count, columns = rows.shape
     total = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    at_once = COLUMNS_AT_ONCE * (parts or (GPU_PARTS if rows.is_cuda else 1))
     with _exact_low_precision_products(rows):
         # One buffer for all parts: fresh memory for each would cost more than the products.
-        buffer = rows.new_empty(count, min(columns, COLUMNS_AT_ONCE), dtype=wide)
-        step = -(-count // max(1, count // BLOCK_ROWS))
-        for start in range(0, columns, COLUMNS_AT_ONCE):
-            part = buffer[:, : min(COLUMNS_AT_ONCE, columns - start)]
-            part.copy_(rows[:, start : start + COLUMNS_AT_ONCE])
-            for top in range(0, count, step):
-                total[top : top + step, top:] += part[top : top + step] @ part[top:].T
+        buffer = rows.new_empty(count, min(columns, at_once), dtype=wide)
+        for start in range(0, columns, at_once):
+            part = buffer[:, : min(at_once, columns - start)]
+            part.copy_(rows[:, start : start + at_once])
+            whole = part.shape[1] // COLUMNS_AT_ONCE
+            if whole > 1:
+                chunks, part = part.tensor_split([whole * COLUMNS_AT_ONCE], dim=1)
+                batch = chunks.unflatten(1, (whole, -1)).transpose(0, 1)
+                total += torch.bmm(batch, batch.mT).sum(0, dtype=torch.float64)
+            add_upper_blocks(total, part)
     upper = total.triu()
     return upper + upper.triu(1).T
+
+
+def add_upper_blocks(total: Tensor, part: Tensor) -> None:
+    """Add part @ part.T on and above the diagonal, in blocks of rows."""
+    count = len(part)
+    step = -(-count // max(1, count // BLOCK_ROWS))
+    for top in range(0, count, step):
+        total[top : top + step, top:] += part[top : top + step] @ part[top:].T
 
 
 @contextlib.contextmanager
