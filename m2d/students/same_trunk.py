@@ -6,6 +6,7 @@ embeddings, multipliers and whatever a class derives from its keys must come out
 classes run on a few tokens with FFNs that give zero, layer by layer, before anything is written.
 """
 
+import contextlib
 import copy
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from m2d.devices import release_freed_memory
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, require_finite
 from m2d.models.families import Family
@@ -85,6 +87,14 @@ def _shorten_windows(configs: list[PretrainedConfig]) -> None:
             text.sliding_window = lengths.setdefault(window, WINDOW - len(lengths))
 
 
+class _AtTheHead(Exception):
+    """Ends a forward pass."""
+
+
+def _stop(*_: Any) -> None:
+    raise _AtTheHead
+
+
 class _Trunk:
     """A stock class without its FFNs, run layer by layer in float32."""
 
@@ -109,11 +119,20 @@ class _Trunk:
         self.head = self._names(self.model.get_output_embeddings()) - self.tied - self.embedding
         self._fill_but(self.tied | self.head)
         self.model.tie_weights()
-        self.model(ids, use_cache=False, logits_to_keep=1)
+        self._run_to_the_head()
         self._empty(self.embedding)
         assert taps[0].hidden is not None
         self.hidden: Tensor = taps[0].hidden
         self.calls = [tap.call for tap in taps]
+
+    def _run_to_the_head(self) -> None:
+        """Let the layers note how they are called; the head has no weights yet."""
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(_stop) if head is not None else None
+        with contextlib.suppress(_AtTheHead):
+            self.model(self.ids, use_cache=False, logits_to_keep=1)
+        if handle is not None:
+            handle.remove()
 
     def _names(self, module: nn.Module | None) -> set[str]:
         """The names of a module's own parameters in the whole model."""
@@ -145,8 +164,9 @@ class _Trunk:
             if skip(name):
                 value = torch.zeros(1).expand(parameter.shape)
             else:
-                value = self.read(prefix + name).float()
+                value = self.read(prefix + name)
                 require_finite(value, prefix + name)
+                value = value.float()
                 if value.shape != parameter.shape:
                     raise UserError(
                         f"{prefix}{name} is {list(value.shape)}, but the student's config implies "
@@ -166,6 +186,7 @@ class _Trunk:
         output = layer(self.hidden, **self.calls[index])
         self.hidden = output[0] if isinstance(output, tuple) else output
         _drop(layer)
+        release_freed_memory()
         return self.hidden
 
     def logits(self) -> Tensor:
