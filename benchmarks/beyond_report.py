@@ -282,11 +282,12 @@ def section(rows: list[Row], tasks: list[Row], cost: dict[str, Cost], first: boo
             "over the questions, which all students share:", "", *found, "",
         ]  # fmt: skip
     lines += ["Cost, in 10¹² operations (`benchmarks/beyond_cost.py` counts them from the sizes)"]
-    lines[-1] += " and in CPU seconds of one thread:" if first else ":"
+    lines[-1] += " and in CPU seconds of one thread:"
     lines += ["", *cost_table(rows, cost), ""]
+    if not first:
+        return lines
     lines += ["KL after so many 10¹² operations, all of these counted:", ""]
-    lines += [*all_in_table(rows, cost), ""]
-    return [*lines, *targets(rows, tasks), ""] if first else lines
+    return [*lines, *all_in_table(rows, cost), "", *targets(rows, tasks), ""]
 
 
 def main() -> None:
