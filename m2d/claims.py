@@ -13,6 +13,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from glob import escape
 from pathlib import Path
 
@@ -44,7 +45,14 @@ def claimed(args: argparse.Namespace) -> Iterator[None]:
         yield
         return
     out = Path(out)
-    check_kind(out, args.command)
+    try:
+        check_kind(out, args.command)
+    except UserError:
+        # One that was killed once its output was there has left its lock, or its work.
+        if any(out.parent.glob(f".{escape(out.name)}.*")):
+            with contextlib.suppress(UserError), claim(out):
+                pass
+        raise
     check_no_input(out, args)
     shared = getattr(args, "part", None) or (0, 1)  # which part of how many, of a shared folder
     part = "" if shared[1] == 1 else "-".join(map(str, shared))
@@ -124,7 +132,9 @@ def claim(out: str | Path, part: str = "") -> Iterator[None]:
         with contextlib.suppress(OSError):
             lock.unlink()
         os.close(descriptor)
-        for folder in made:  # those that stayed empty, deepest first
+        # Work that ended before anything was kept (m2d.models.resume), and folders that stayed
+        # empty, deepest first.
+        for folder in [*out.parent.glob(f".{escape(out.name)}.layers-*"), *made]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -174,6 +184,8 @@ def describe_failure(error: BaseException, out: str | Path | None = None) -> str
     """
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "not enough memory; give a smaller --batch, or run it on a larger machine"
+    if isinstance(error, BrokenExecutor):
+        return "one of its processes was killed, most likely because memory ran out"
     if isinstance(error, RecursionError):
         return "a file is nested too deeply"
     if type(error).__name__ == "OutOfMemoryError":

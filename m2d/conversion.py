@@ -179,7 +179,7 @@ def convert(
     stream = StreamedTeacher(opened, computed_in, chosen_device)
     what = identity(opened.folder, input_ids, batch, computed_in, fold=how.fold, alpha=how.alpha)
 
-    def keep_pass(kind: str, totals: Totals) -> Kept:
+    def keep_pass(kind: str, totals: Totals) -> Kept[Totals]:
         return Kept(out, totals, {**what, "kind": kind})
 
     folds = None
@@ -216,9 +216,11 @@ def convert(
     with scratch_folder(out) as folder:
         last = write_student(opened, plan, Path(folder) / "merged", None, record, folds)
         if how.refit:
+            about_student = {"plan": plan.digest(), "refit": how.refit, "weighting": how.weighting}
             found = refit_student(
-                opened, last, input_ids, how.refit, weighting=how.weighting, **options
-            )
+                opened, last, input_ids, how.refit, weighting=how.weighting, **options,
+                keep=lambda found: Kept(out, found, {**what, **about_student}),
+            )  # fmt: skip
             about_refit = refit_record(how.refit, input_ids, found, computed_in, how.weighting)
             target = Path(folder) / "refitted" if how.align else out
             last = write_refitted(last, target, opened.family, found, about_refit)

@@ -5,13 +5,14 @@ file in its m2d.json. Small files are compared on every reading; `m2d verify` co
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from m2d.artifacts import sha256_of
+from m2d.artifacts import read_json, reading, sha256_of
 from m2d.errors import UserError
 
 # Of a student's folder, what may change afterwards: the card is renewed with scores.
@@ -58,3 +59,27 @@ def digests_in(folder: Path) -> dict[str, str]:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name not in NOT_SEALED
     }
+
+
+def noted_tokens(file: str | Path) -> str | None:
+    """Digest of the tokens that a grid or perplexity was measured on; None where none is noted."""
+    if Path(file).suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        with reading(file, "readable as a grid"):
+            about = json.loads((pq.read_schema(file).metadata or {}).get(b"m2d", b"{}"))
+    else:
+        about = read_json(file)
+    noted = about.get("tokens_sha256") if isinstance(about, dict) else None
+    return noted if isinstance(noted, str) else None
+
+
+def require_same_tokens(noted: Mapping[str, str | None]) -> None:
+    """Raise a UserError where files, by name, note digests of different tokens."""
+    first = {digest: file for file, digest in reversed(list(noted.items())) if digest}
+    if len(first) > 1:
+        *_, other, one = first.values()
+        raise UserError(
+            f"{other}: was measured on other tokens than {one}, so their perplexities are not "
+            "comparable; measure them on one token file"
+        )

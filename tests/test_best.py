@@ -1,5 +1,6 @@
 """The best configuration of a grid file."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,18 @@ def test_bad_files(grid: Path, tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("text", encoding="utf-8")
     with pytest.raises(UserError, match="not readable as a grid"):
         best_configuration([tmp_path / "text.parquet"], grouping="round_robin")
+
+
+def of_tokens(grid: Path, digest: str) -> Path:
+    """A copy of a grid that notes which tokens it was measured on."""
+    out = grid.with_name(f"{digest}.parquet")
+    note = {"m2d": json.dumps({"tokens_sha256": digest})}
+    pq.write_table(pq.read_table(grid).replace_schema_metadata(note), out)
+    return out
+
+
+def test_grids_of_different_tokens_are_not_compared(grid: Path) -> None:
+    one, other = of_tokens(grid, "abc"), of_tokens(grid, "def")
+    assert best_configuration([one, grid], keep=16)["scoring"] == "acp"  # earlier ones note none
+    with pytest.raises(UserError, match=r"def.parquet: was measured on other tokens than .*abc"):
+        best_configuration([one, grid, other], keep=16)

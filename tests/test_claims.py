@@ -56,6 +56,18 @@ def test_what_dead_runs_left_is_swept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".run1.abc.partial"]
 
 
+def test_what_a_run_left_that_was_killed_at_its_end_is_swept(tmp_path: Path) -> None:
+    """The output is there, so the same command is refused: its lock goes all the same."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").touch()
+    (tmp_path / ".run.lock").touch()
+    (tmp_path / ".run.abc.partial").touch()
+    arguments = argparse.Namespace(command="merge", out=tmp_path / "run")
+    with pytest.raises(UserError, match="exists already"), claimed(arguments):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
 def test_inputs_are_not_overwritten(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -1,6 +1,7 @@
 """Passes of calibration tokens that go on, after a kill, at the last finished layer."""
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from m2d.cli import main
 from m2d.models import resume, stream
 from m2d.models.hidden import HiddenStates
 from m2d.models.stream import StreamedTeacher
+from m2d.refit.halves import SteppedModel
 
 LAYERS = 4
 TOKENS = torch.randint(0, 300, (5, 12), generator=torch.Generator().manual_seed(3))
@@ -168,3 +170,62 @@ def test_states_in_files_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) == 2 * 5 * 5 * 4 * 2
     with pytest.raises(ValueError, match="a layer gives"):
         again[0] = first[0].float()
+
+
+def killed_while_refitting(monkeypatch: pytest.MonkeyPatch, layer: int, words: Any) -> None:
+    """Run a command that ends when its refit loads the teacher's `layer`."""
+    load = SteppedModel.load
+
+    def fail(self: SteppedModel, index: int) -> Any:
+        if index == layer:
+            raise KeyboardInterrupt
+        return load(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SteppedModel, "load", fail)
+        assert main([str(word) for word in words]) == 130
+
+
+@pytest.mark.parametrize("variant", ["layer", "sequential"])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_refit_goes_on_at_the_last_finished_layer(
+    variant: str, layer: int, place: Path, tmp_path: Path, loaded: list[int], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN", 0.0)
+    tokens = place / "tokens.safetensors"
+    student = m2d.convert(place / "teacher", tmp_path / "student", tokens=tokens)
+    options = ["--tokens", tokens, "--batch", "2", "--variant", variant]
+    whole = ["refit", student, place / "teacher", tmp_path / "whole", *options]
+    assert main([str(word) for word in whole]) == 0
+    words = ["refit", student, place / "teacher", tmp_path / "killed", *options]
+    killed_while_refitting(monkeypatch, layer, words)
+    assert not (tmp_path / "killed").exists()
+    loaded.clear()
+    assert main([str(word) for word in words]) == 0
+    assert loaded == [index for index in range(layer, LAYERS) for _ in ("teacher", "student")]
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_conversion_goes_on_within_its_refit(
+    place: Path, tmp_path: Path, monkeypatch: Any, loaded: list[int]
+) -> None:
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN", 0.0)
+    tokens = place / "tokens.safetensors"
+    how: Any = {"refit": "sequential", "grouping": "RR", "keep": 4}
+    m2d.convert(place / "teacher", tmp_path / "whole", tokens=tokens, batch=2, **how)
+    words = ["convert", place / "teacher", tmp_path / "killed", "--tokens", tokens, "--batch", "2"]
+    words += ["--refit", "sequential", "--keep", "4", "--grouping"]
+    killed_while_refitting(monkeypatch, 2, [*words, "RR"])
+    # What another student's refit has kept is not gone on with.
+    loaded.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("m2d.conversion.remove_kept", lambda _: None)
+        assert main([str(word) for word in [*words, "WC"]]) == 0
+    assert loaded == [index for index in range(LAYERS) for _ in ("teacher", "student")]
+    shutil.rmtree(tmp_path / "killed")
+    loaded.clear()
+    assert main([str(word) for word in [*words, "RR"]]) == 0
+    assert loaded == [index for index in range(2, LAYERS) for _ in ("teacher", "student")]
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import synthetic_run as run
 
@@ -337,3 +338,18 @@ def test_bad_inputs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "holds no result of mmlu" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert json.loads(empty.read_text()) == {"results": {}}
+
+
+def test_perplexities_of_different_tokens_stand_in_no_table(tmp_path: Path) -> None:
+    files = run.write_students(tmp_path)["perplexity"]
+    for number, file in enumerate(files[:3]):
+        content = json.loads(file.read_text()) | {"tokens_sha256": "ab" if number < 2 else "cd"}
+        file.write_text(json.dumps(content))
+    grids = run.write_grid(tmp_path)
+    assert len(make_tables(grids, files[:2])["results"])
+    with pytest.raises(UserError, match=f"{files[2].name}: was measured on other tokens than"):
+        make_tables(grids, files)
+    table = pq.read_table(grids[0]).replace_schema_metadata({"m2d": '{"tokens_sha256": "ef"}'})
+    pq.write_table(table, grids[0])
+    with pytest.raises(UserError, match=f"was measured on other tokens than .*{grids[0].name}"):
+        make_tables(grids, files[:2])

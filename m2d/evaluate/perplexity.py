@@ -97,6 +97,11 @@ def streamed_nll(stream: StreamedTeacher, tokens: Tensor, batch: int) -> Tensor:
     )
 
 
+def digest_of_tokens(tokens: Tensor) -> str:
+    """SHA-256 of ids [S, T], as int64."""
+    return hashlib.sha256(tokens.long().contiguous().numpy().tobytes()).hexdigest()
+
+
 def make_result(
     model: str,
     sums: Tensor,
@@ -127,7 +132,7 @@ def make_result(
         dtype=dtype_name(dtype),
         computed_on=computed_on(device),
         model_fingerprint=weights,
-        tokens_sha256=hashlib.sha256(tokens.long().contiguous().numpy().tobytes()).hexdigest(),
+        tokens_sha256=digest_of_tokens(tokens),
     )
 
 

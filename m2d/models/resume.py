@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from glob import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor
 from m2d import __version__
 from m2d.artifacts import atomic_path, make_own_folder, read_json, reading, sha256_of, write_json
 from m2d.errors import UserError
-from m2d.models.hidden import HiddenStates
 from m2d.progress import say
 
 # A layer's end is kept where the last one that was kept is so many seconds ago.
@@ -32,11 +31,8 @@ STATE = "finished.json"
 Arrays = dict[str, np.ndarray]
 
 
-class Totals(Protocol):
-    """What a pass adds up, layer by layer."""
-
-    def visit(self, *args: Any) -> None:
-        """Add a batch of a layer (m2d.models.stream.Visitor)."""
+class Results(Protocol):
+    """What a pass finds, layer by layer."""
 
     def state(self, layer: int) -> Arrays:
         """All of a finished layer."""
@@ -45,7 +41,24 @@ class Totals(Protocol):
         """The layer as `state` gave it."""
 
 
-Keeper = Callable[[str, Totals], "Kept"]
+class Totals(Results, Protocol):
+    """What a pass adds up, layer by layer."""
+
+    def visit(self, *args: Any) -> None:
+        """Add a batch of a layer (m2d.models.stream.Visitor)."""
+
+
+Found = TypeVar("Found", bound=Results)
+
+
+class States(Protocol):
+    """The hidden states that a pass has come to."""
+
+    def keep(self) -> int:
+        """Make them outlast this process; gives the number of their file."""
+
+
+Keeper = Callable[[str, Totals], "Kept[Totals]"]
 """Gives the pass of a name, with its totals, a place to be kept in."""
 
 
@@ -79,10 +92,10 @@ def kept_folder(out: str | Path, what: dict[str, Any]) -> Path:
     return out.parent / f".{out.name}.layers-{digest}"
 
 
-class Kept:
+class Kept(Generic[Found]):
     """What a pass keeps beside its output. `finished`: how many layers need not be run again."""
 
-    def __init__(self, out: str | Path, totals: Totals, what: dict[str, Any]):
+    def __init__(self, out: str | Path, totals: Found, what: dict[str, Any]):
         """what: all that the totals depend on, JSON values only; see `identity`."""
         self.folder = kept_folder(out, what)
         self.totals = totals
@@ -107,7 +120,7 @@ class Kept:
             raise UserError(f"{error}; remove {self.folder} to begin anew") from None
         say(f"going on after layer {self.finished} of an earlier run, in {self.folder}")
 
-    def done(self, layer: int, hidden: HiddenStates, last: bool) -> None:
+    def done(self, layer: int, hidden: States, last: bool) -> None:
         """A layer is finished; keep it, unless another one was kept just before."""
         if layer in self.layers:
             self.unsaved.append(layer)

@@ -26,7 +26,7 @@ from m2d.models.experts import (
 )
 from m2d.models.families import expert_pattern
 from m2d.models.hidden import IN_MEMORY_BYTES, HiddenStates
-from m2d.models.resume import Kept
+from m2d.models.resume import Kept, Totals
 from m2d.models.routers import routed_rows
 from m2d.models.skeleton import (
     decoder_of,
@@ -157,7 +157,7 @@ class StreamedTeacher:
         batch: int,
         visit: Visitor | None = None,
         title: str = "layers",
-        kept: Kept | None = None,
+        kept: Kept[Totals] | None = None,
     ) -> HiddenStates:
         """Push input_ids [sequences, length] through every layer.
 
@@ -202,7 +202,7 @@ class StreamedTeacher:
         return hidden
 
     def _begin(
-        self, batches: Sequence[Tensor], hidden: HiddenStates, kept: Kept | None
+        self, batches: Sequence[Tensor], hidden: HiddenStates, kept: Kept[Totals] | None
     ) -> dict[int, list[dict[str, Any]]]:
         """Fill `hidden` with embeddings, or with what was kept; gives the layers' other arguments.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from m2d.artifacts import finite, reading
 from m2d.errors import UserError
+from m2d.sealed import noted_tokens, require_same_tokens
 
 AXES = ("scoring", "grouping", "scaling", "keep")
 
@@ -17,9 +18,11 @@ AXES = ("scoring", "grouping", "scaling", "keep")
 def best_configuration(grids: Iterable[str | Path], **where: str | int) -> dict[str, Any]:
     """The axes' values of the row with the lowest perplexity, of those with the values `where`.
 
-    Among equals the one that stands first. Raises UserError where no file has such a row.
+    Among equals the one that stands first. Raises UserError where no file has such a row, or the
+    grids were measured on different tokens.
     """
     grids = list(grids)
+    require_same_tokens({str(grid): _tokens(grid, _version(grid)) for grid in grids})
     rows = [
         row
         for grid in grids
@@ -42,6 +45,12 @@ def _version(grid: str | Path) -> int:
         return Path(grid).stat().st_mtime_ns
     except OSError as error:
         raise UserError(f"{grid}: not readable as a grid ({error})") from None
+
+
+@cache
+def _tokens(grid: str | Path, version: int) -> str | None:
+    """What the grid notes of its tokens; read once, like its rows."""
+    return noted_tokens(grid)
 
 
 @cache

@@ -335,7 +335,7 @@ def main(args: argparse.Namespace) -> None:
     stream = StreamedTeacher(teacher, dtype, device)
     what = identity(teacher.folder, tokens, args.batch, dtype, fold=args.mode, alpha=args.alpha)
 
-    def keep(kind: str, totals: Totals) -> Kept:
+    def keep(kind: str, totals: Totals) -> Kept[Totals]:
         return Kept(args.out, totals, {**what, "kind": kind})
 
     folds = collect_folds(stream, tokens, args.batch, args.mode, args.alpha, keep=keep)

@@ -5,14 +5,17 @@ constant of the family (1 but for Granite). Shapes: B sequences of T tokens, H h
 student's intermediate size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m2d.artifacts import atomic_path
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
@@ -152,6 +155,37 @@ class SteppedModel(StreamedTeacher):
         """Push every batch through the whole layer."""
         for i, hidden in enumerate(self.hidden):
             self.hidden[i] = _first(layer(hidden, **self.call(index, i)))
+
+
+class KeptStates:
+    """The hidden states of stepped models, in one file of two in turn (m2d.models.resume)."""
+
+    def __init__(self, folder: Path, models: Sequence[SteppedModel]):
+        self.folder, self.models, self.file = folder, models, 0
+
+    def keep(self) -> int:
+        """Write what the last layer left beside what was kept before; gives the file's number."""
+        self.file = 1 - self.file
+        states = {
+            f"{m}.{i}": hidden.cpu().contiguous()
+            for m, model in enumerate(self.models)
+            for i, hidden in enumerate(model.hidden)
+        }
+        with atomic_path(self._of(self.file)) as temporary:
+            save_file(states, temporary)
+        return self.file
+
+    def restore(self, file: int) -> None:
+        """Go on from what a file has kept."""
+        self.file = file
+        states = load_file(self._of(file))
+        for m, model in enumerate(self.models):
+            for i in range(len(model.hidden)):
+                # Copied, since products depend to the last bit on where a tensor begins.
+                model.hidden[i] = states[f"{m}.{i}"].clone().to(model.device)
+
+    def _of(self, file: int) -> Path:
+        return self.folder / f"states-{file}.safetensors"
 
 
 class _DenseStub(nn.Module):

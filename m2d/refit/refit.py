@@ -6,11 +6,13 @@ Shapes: B sequences of T tokens, N = B T, H hidden size, W the student's interme
 """
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,11 +21,13 @@ from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, shard_files
 from m2d.models.families import Family
+from m2d.models.resume import Arrays, Kept, identity, remove_kept
 from m2d.models.teacher import Teacher, locate, open_teacher
 from m2d.options import add_compute_options
 from m2d.progress import progress, say
 from m2d.refit.halves import (
     Halves,
+    KeptStates,
     SteppedModel,
     StudentFeedForward,
     block_path,
@@ -65,6 +69,17 @@ class Refitted:
     rows: dict[int, Tensor]
     layers: list[LayerReport]
 
+    def state(self, layer: int) -> Arrays:
+        """A layer's rows and report (m2d.models.resume.Results)."""
+        (report,) = (one for one in self.layers if one.layer == layer)
+        written = np.frombuffer(json.dumps(asdict(report)).encode(), np.uint8)
+        return {"rows": self.rows[layer].cpu().contiguous().numpy(), "report": written}
+
+    def restore(self, layer: int, state: Arrays) -> None:
+        """The layer as `state` gave it."""
+        self.rows[layer] = torch.from_numpy(state["rows"])
+        self.layers.append(LayerReport(**json.loads(state["report"].tobytes())))
+
 
 @torch.no_grad()
 def refit(
@@ -79,6 +94,7 @@ def refit(
     ridges: Sequence[float] = RIDGES,
     held_out_every: int = HELD_OUT_EVERY,
     weighting: str = "equal",
+    keep: Callable[["Refitted"], Kept["Refitted"]] | None = None,
 ) -> Refitted:
     """Solve the down projection of every converted layer, one layer after the other.
 
@@ -86,7 +102,8 @@ def refit(
     inputs; "sequential" fits, on the student's own stream, what brings its residual stream to the
     teacher's. weighting: "equal" counts every token alike; "relative" divides its error by the
     squared norm of the teacher's residual stream after the layer (weights of mean 1), since the
-    next norm sees errors relative to that. dtype: of both models' computation.
+    next norm sees errors relative to that. dtype: of both models' computation. keep: where the
+    finished layers are kept, to go on after a kill.
     Memory: one layer of each model, W^2 float64 numbers a few times, and hidden states of every
     token (one of the teacher's; for "sequential" three more).
     Raises UserError where student and teacher do not belong together, or tokens are too few.
@@ -105,9 +122,16 @@ def refit(
     if variant == "sequential":
         target.start(tokens, batch)
     held_out = held_out_sequences(len(tokens), held_out_every).split(batch)
-    rows: dict[int, Tensor] = {}
-    reports: list[LayerReport] = []
-    for index in progress(range(len(source.layers)), f"refit ({variant}), layers"):
+    found = Refitted({}, [])
+    kept, states, start = keep and keep(found), None, 0
+    if kept is not None:
+        kept.open(teacher.moe_layers)
+        streams = [source, target] if variant == "sequential" else [source]
+        states, start = KeptStates(kept.folder, streams), kept.finished
+        if start:
+            states.restore(kept.file)
+    total = len(source.layers)
+    for index in progress(range(start, total), f"refit ({variant}), layers", total):
         theirs = source.load(index)
         if index not in teacher.moe_layers:
             source.advance(theirs, index)
@@ -116,13 +140,15 @@ def refit(
                 ours = target.load(index)
                 target.advance(ours, index)
                 target.drop(ours)
+            if kept is not None and states is not None:
+                kept.done(index, states, index == total - 1)
             continue
         ours = target.load(index)
         feed_forward = StudentFeedForward(ours, teacher.family)
         fitting = Fitting(feed_forward, held_out)
-        kept: list[Halves] = []
+        caught: list[Halves] = []
         for i in range(len(source.hidden)):
-            expected = teacher_half(source, theirs, index, i, check=not reports)
+            expected = teacher_half(source, theirs, index, i, check=not found.layers)
             root = token_weights(source.hidden[i]).sqrt() if weighting == "relative" else None
             if variant == "sequential":
                 call = target.call(index, i)
@@ -133,19 +159,21 @@ def refit(
                 wanted = wide(expected.block_output) + drift / residual_multiplier(ours)
                 fitting.add(i, wanted - wide(halves.block_output), root)
                 halves.block_output = halves.block_output[:0]
-                kept.append(halves)
+                caught.append(halves)
             else:
                 base = feed_forward.base(expected.block_input)
                 fitting.add(i, wide(expected.block_output) - wide(base), root)
-        rows[index], report = fitting.solve(index, ridges, disk)
-        reports.append(report)
-        feed_forward.replace(rows[index], disk)
-        for i, halves in enumerate(kept):
+        found.rows[index], report = fitting.solve(index, ridges, disk)
+        found.layers.append(report)
+        feed_forward.replace(found.rows[index], disk)
+        for i, halves in enumerate(caught):
             out = feed_forward.output(halves.block_input)
             target.hidden[i] = halves.residual + residual_multiplier(ours) * out
         source.drop(theirs)
         target.drop(ours)
-    return Refitted(rows, reports)
+        if kept is not None and states is not None:
+            kept.done(index, states, index == total - 1)
+    return found
 
 
 def teacher_half(source: SteppedModel, layer: nn.Module, index: int, i: int, check: bool) -> Halves:
@@ -279,16 +307,19 @@ def main(args: argparse.Namespace) -> None:
     tokens = read_tokens(args.tokens, teacher.config.vocab_size)
     device = pick_device(args.device)
     dtype = compute_dtype(args.dtype, teacher.dtype, device)
+    made_from = {f.name: sha256_of(f) for f in shard_files(folder)}
+    what = identity(teacher.folder, tokens, args.batch, dtype) | {
+        "refit": args.variant, "weighting": args.weighting, "student": made_from,
+    }  # fmt: skip
     found = refit(
         teacher, folder, tokens, args.variant, weighting=args.weighting,
         dtype=dtype, device=device, batch=args.batch,
+        keep=lambda found: Kept(args.out, found, what),
     )  # fmt: skip
     record = refit_record(args.variant, tokens, found, dtype, args.weighting)
-    record["upstream_sha256"] = {
-        "calibration": sha256_of(args.tokens),
-        "student": {f.name: sha256_of(f) for f in shard_files(folder)},
-    }
+    record["upstream_sha256"] = {"calibration": sha256_of(args.tokens), "student": made_from}
     write_refitted(folder, args.out, teacher.family, found, record)
+    remove_kept(args.out)
     for layer in found.layers:
         say(describe(layer))
 

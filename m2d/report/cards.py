@@ -78,7 +78,21 @@ def card_of(
         record = record.model_copy(update={"calibration": calibration_of(file)})
     if len(perplexity_files) > 1:
         raise UserError(f"{student}: more than one perplexity file; give its own alone")
+    for file in perplexity_files:
+        require_own(file, student)
     return model_card(record, scores_of(next(iter(perplexity_files), None), evaluation_files))
+
+
+def require_own(result: Path, student: Path) -> None:
+    """Raise a UserError where a result notes other weights than the student's."""
+    content = read_json(result)
+    noted = content.get("model_fingerprint") if isinstance(content, dict) else None
+    if noted is None:
+        return
+    from m2d.models.fingerprint import fingerprint  # torch, only where it is asked for
+
+    if noted != fingerprint(student):
+        raise UserError(f"{result}: was measured on other weights than those of {student}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

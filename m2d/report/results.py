@@ -27,6 +27,7 @@ from m2d.artifacts import finite, read_json, reading
 from m2d.errors import UserError
 from m2d.methods import table
 from m2d.progress import say
+from m2d.sealed import noted_tokens, require_same_tokens
 from m2d.students.record import DistillationPart, PlanPart, StudentRecord, read_record
 from m2d.students.variants import ALIGN, INITIAL, MERGED, PRUNED, REFIT, first_variant
 
@@ -157,6 +158,15 @@ def read_grid(files: Iterable[str | Path]) -> pd.DataFrame:
     grid["relative"] = grid["perplexity"] / best
     leading = [*keys, "perplexity", "stderr", "relative", "same_as"]
     return grid[leading + [column for column in grid if column not in leading]]
+
+
+def require_comparable(files: Iterable[str | Path]) -> None:
+    """Raise a UserError where a teacher's grids and perplexities are of different tokens."""
+    by_teacher: dict[str, dict[str, str | None]] = {}
+    for file in files:
+        by_teacher.setdefault(place_of(file).teacher, {})[str(file)] = noted_tokens(file)
+    for noted in by_teacher.values():
+        require_same_tokens(noted)
 
 
 PLAN_KEYS = ("scoring", "grouping", "scaling", "keep", "groups")

@@ -23,6 +23,7 @@ from m2d.report.results import (
     read_perplexities,
     read_provenance,
     read_published,
+    require_comparable,
     seconds_by_model,
 )
 from m2d.report.table_html import shown, table_html
@@ -146,8 +147,10 @@ def make_tables(
 
     See m2d.report.results for the files' paths.
     """
+    grid_files, perplexity_files = list(grid_files), list(perplexity_files)
     provenance = read_provenance(provenance_files)
     grid = read_grid(grid_files)
+    require_comparable([*grid_files, *perplexity_files])
     rows = read_perplexities(perplexity_files, provenance)
     rows += read_evaluations(evaluation_files, provenance)
     shared = ["teacher", "scoring", "grouping", "scaling", "keep", "groups", "n_tokens", "stderr"]

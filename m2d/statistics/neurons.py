@@ -320,7 +320,7 @@ def main(args: argparse.Namespace) -> None:
         folds, about["fold_sha256"] = folds_of(teacher, args.fold)[0], sha256_of(args.fold)
     what = identity(teacher.folder, tokens, args.batch, dtype, fold=about.get("fold_sha256"))
 
-    def keep(kind: str, totals: Totals) -> Kept:
+    def keep(kind: str, totals: Totals) -> Kept[Totals]:
         return Kept(args.out, totals, {**what, "kind": kind})
 
     layers = collect(stream, tokens, args.batch, width, args.candidates, folds, keep)

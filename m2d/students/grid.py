@@ -26,7 +26,7 @@ from m2d.choose.ranking import rankings_from_dict
 from m2d.choose.scaling import SCALINGS
 from m2d.devices import announce, compute_dtype, computed_on, dtype_name, free_memory, pick_device
 from m2d.errors import UserError
-from m2d.evaluate.perplexity import loaded_nll, make_result
+from m2d.evaluate.perplexity import digest_of_tokens, loaded_nll, make_result
 from m2d.methods import Table
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.skeleton import move_text, text_paths
@@ -153,6 +153,7 @@ def main(args: argparse.Namespace) -> None:
     with atomic_path(args.out) as temporary:
         table = pa.Table.from_pylist(rows)
         about = {"teacher_fingerprint": teacher.fingerprint, "computed_on": computed_on(device)}
+        about["tokens_sha256"] = digest_of_tokens(tokens)
         pq.write_table(table.replace_schema_metadata({"m2d": json.dumps(about)}), temporary)
     say(f"{args.out}: {len(rows)} configurations, {len({row['plan'] for row in rows})} distinct")
 
