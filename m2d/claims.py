@@ -23,6 +23,8 @@ from m2d.errors import UserError
 
 # Beside an output NAME lie hidden files with longer names while it is made.
 ROOM_IN_NAME = 48
+# What a pass that goes on after a kill has finished, in `.NAME.layers-*` beside its output.
+FINISHED = "finished.json"
 # Commands that write a folder; one that must be new, and one that is added to or renewed. All
 # others write a file.
 NEW_FOLDERS = ("convert", "merge", "prune", "baseline", "refit", "align", "distill")
@@ -132,9 +134,11 @@ def claim(out: str | Path, part: str = "") -> Iterator[None]:
         with contextlib.suppress(OSError):
             lock.unlink()
         os.close(descriptor)
-        # Work that ended before anything was kept (m2d.models.resume), and folders that stayed
-        # empty, deepest first.
-        for folder in [*out.parent.glob(f".{escape(out.name)}.layers-*"), *made]:
+        # Passes that ended before a layer was kept (m2d.models.resume).
+        for folder in [] if part else out.parent.glob(f".{escape(out.name)}.layers-*"):
+            if not (folder / FINISHED).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        for folder in made:  # those that stayed empty, deepest first
             with contextlib.suppress(OSError):
                 folder.rmdir()
 

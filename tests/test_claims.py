@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,7 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(
         (MemoryError(), "not enough memory"),
         (RecursionError(), "nested too deeply"),
         (RuntimeError("[enforce fail] can't allocate memory: 8 bytes"), "not enough memory"),
+        (BrokenProcessPool("A process in the pool was terminated"), "most likely because memory"),
     ],
 )
 def test_what_the_system_refuses_is_one_line(

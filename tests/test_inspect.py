@@ -65,3 +65,9 @@ def test_a_written_student_has_the_promised_parameters(
     tensors = load_file(out / "model.safetensors")
     assert sum(tensor.numel() for tensor in tensors.values()) == promised
     assert json.loads((out / "m2d.json").read_text())["student"]["parameters"] == promised
+
+
+def test_a_text_config_where_the_class_has_none_is_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN3_30B_A3B, "text_config": {}}))
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "not a valid config (qwen3_moe has no text_config)" in capsys.readouterr().err

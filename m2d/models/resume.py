@@ -21,12 +21,12 @@ from torch import Tensor
 
 from m2d import __version__
 from m2d.artifacts import atomic_path, make_own_folder, read_json, reading, sha256_of, write_json
+from m2d.claims import FINISHED
 from m2d.errors import UserError
 from m2d.progress import say
 
 # A layer's end is kept where the last one that was kept is so many seconds ago.
 SECONDS_BETWEEN = 10.0
-STATE = "finished.json"
 
 Arrays = dict[str, np.ndarray]
 
@@ -107,11 +107,11 @@ class Kept(Generic[Found]):
         """Take up what an earlier run has kept. layers: the indices of those that are visited."""
         self.layers = set(layers)
         make_own_folder(self.folder)
-        if not (self.folder / STATE).is_file():
+        if not (self.folder / FINISHED).is_file():
             return
         try:
-            with reading(self.folder / STATE, "what a pass has kept"):
-                state = read_json(self.folder / STATE)
+            with reading(self.folder / FINISHED, "what a pass has kept"):
+                state = read_json(self.folder / FINISHED)
                 self.finished, self.file = int(state["finished"]), int(state["file"])
                 for layer in layers:
                     if layer < self.finished:
@@ -131,7 +131,7 @@ class Kept(Generic[Found]):
                 save_file(self.totals.state(index), temporary)
         self.unsaved = []
         self.file = self.file if last else hidden.keep()
-        write_json(self.folder / STATE, {"finished": layer + 1, "file": self.file})
+        write_json(self.folder / FINISHED, {"finished": layer + 1, "file": self.file})
         self.last = time.monotonic()
 
     def _of(self, layer: int) -> Path:

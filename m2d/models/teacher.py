@@ -153,6 +153,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
     plain = {key: value for key, value in raw.items() if key not in NOT_OF_THE_MODEL}
     try:
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(plain)
+        if not isinstance(config.get_text_config(), PretrainedConfig):
+            raise TypeError(f"{raw['model_type']} has no text_config")
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"{file}: not a valid config ({reason[-1] if reason else error})") from None
