@@ -173,6 +173,16 @@ def make_models(*changes: dict) -> pd.DataFrame:
     return comparisons.model_rows(as_rows(rows + read_published()), no_times)
 
 
+def test_what_was_not_scored_has_no_average() -> None:
+    """Of a run without evaluations: not 0."""
+    row = make_models({"task": "test", "measure": "perplexity", "value": 20.0}).iloc[0]
+    assert (row["source"], row["perplexity"]) == ("ours", 20.0)
+    assert pd.isna(row["average"])
+    assert pd.isna(row["average ±"])
+    scored = make_models({}).iloc[0]
+    assert scored["average"] == pytest.approx(45.0)
+
+
 def test_seconds_of_models_by_the_names_of_jobs(tmp_path: Path) -> None:
     jobs = {
         "merge_student/t/a": 1,

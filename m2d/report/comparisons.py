@@ -56,12 +56,12 @@ def model_rows(long: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
     paper = set(PAPER_TASKS) <= set(ours["task"])
     tasks = [*PAPER_TASKS] if paper else [t for t in shown if t in set(ours["task"])]
     errors = table[[f"{task} ±" for task in tasks]].astype(float)
-    count = max(len(tasks), 1)
+    count = len(tasks)
     # Of published scores the average is given, rounded from more digits.
-    table["average"] = table["average"].fillna(table[tasks].sum(axis=1, skipna=False) / count)
-    table["average ±"] = np.sqrt((errors**2).sum(axis=1, skipna=False)) / count
-    if not tasks:
-        table["average ±"] = np.nan
+    table["average ±"] = np.nan
+    if tasks:  # the sum of none would be 0
+        table["average"] = table["average"].fillna(table[tasks].sum(axis=1, skipna=False) / count)
+        table["average ±"] = np.sqrt((errors**2).sum(axis=1, skipna=False)) / count
     table = table.reset_index()
     table = table.merge(seconds.reset_index().assign(source="ours"), on=MODEL, how="left")
     table["student"] = table["student"].replace("", pd.NA).astype("string")
