@@ -2,6 +2,7 @@
 # make test   set everything up and run the tests
 # make test-slurm  run the workflow on a real Slurm, started for it (root; munge, slurmctld, slurmd)
 # make test-transformers4  read students with transformers 4 too, in an environment of its own
+# make test-oldest  run a core of the tests with the oldest dependencies that pyproject.toml allows
 # make test-serving  run every family's student in vLLM and llama.cpp, in environments of their own
 # make bench  measure what docs/performance.md states; 5 GB of disk, some minutes
 # make fuzz   3,000 hostile files for every command, an hour; make kills: 700 kills of every stage
@@ -14,6 +15,7 @@
 PYTHON ?= python3
 VENV := .venv
 TRANSFORMERS4 ?= .venv-transformers4
+OLDEST ?= .venv-oldest
 # TORCH=cpu takes torch's CPU wheel; without it, pip's choice, which may be CUDA's of some GB.
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url $(CPU_WHEELS))
@@ -22,7 +24,8 @@ STAMP := $(VENV)/.installed
 # Rules of the workflow call `m2d`, and so find this environment's.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test test-slurm test-transformers4 test-serving bench check format rulegraph schema lock docs profiles clean help
+.PHONY: demo test test-slurm test-transformers4 test-oldest \
+    test-serving bench check format rulegraph schema lock docs profiles clean help
 
 demo: $(STAMP)
 	$(IN_VENV) snakemake --profile profiles/local --logger m2d -- all_demo
@@ -46,6 +49,17 @@ test-transformers4: $(STAMP)
 	test -x $(TRANSFORMERS4)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS4)
 	$(TRANSFORMERS4)/bin/pip install -q torch==2.13.0 transformers==4.57.6 accelerate
 	$(IN_VENV) TRANSFORMERS4=$(TRANSFORMERS4)/bin/python pytest -m transformers4 tests/test_transformers4.py
+
+# The lower bounds of m2d's own dependencies, exactly, in an environment of their own, where `pip
+# install m2d` is all that m2d has. torch 2.11 is CUDA's build, of some GB, unless TORCH=cpu.
+CORE := scaling scoring grouping plan loss experts stream schemes refit_math
+test-oldest:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	    print(*p["project"]["dependencies"], sep="\n")' | sed 's/>=/==/' >$(OLDEST)/oldest.txt
+	$(OLDEST)/bin/pip install -q $(INDEX) -r $(OLDEST)/oldest.txt -e . \
+	    pytest pytest-timeout hypothesis
+	$(OLDEST)/bin/python -m pytest $(CORE:%=tests/test_%.py)
 
 # Downloads some GB into build/serving; an hour on two cores. Writes the table of docs/serving.md.
 test-serving: $(STAMP)
@@ -103,7 +117,7 @@ clean:
 	rm -rf results report.html
 
 help:
-	@sed -n 's/^# //p' Makefile | head -11
+	@sed -n 's/^# //p' Makefile | head -12
 
 # Debian's Python makes environments without pip unless python3-venv is installed; then the pip
 # outside serves the environment.
