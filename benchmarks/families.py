@@ -2,15 +2,19 @@
 
 A tiny random teacher of each model type, its router uniform and its top-k all of its experts, goes
 through files on disk to a student, whose logits are compared with the teacher's. Writes the table
-of docs/families.md.
+of docs/families.md. Each type runs in a process of its own, with limits of time and memory, so that
+one that hangs costs no other its row.
 
-usage: python benchmarks/families.py [--out docs/families.md] [MODEL_TYPE ...]
+usage: python benchmarks/families.py [--out docs/families.md] [--minutes 3] [MODEL_TYPE ...]
 """
 
 import argparse
-import gc
-import shutil
+import json
+import resource
+import subprocess
+import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from m2d.models.skeleton import auto_class
 from m2d.models.teacher import open_teacher, read_config
 
 EXACT = 1e-4
+MEMORY = 6 * 2**30  # bytes of data that one type may take
 # Routers whose weights differ between experts even where all logits are equal.
 SCALINGS = {"phimoe": "least_squares"}
 
@@ -110,23 +115,43 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def run_alone(model_type: str, minutes: float) -> dict[str, str]:
+    """`row_of` in a process of its own."""
+    row = {"teacher": model_type, "student": "", "how": "", "error": ""}
+    command = [sys.executable, __file__, "--row", model_type]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes)
+    except subprocess.TimeoutExpired:
+        return row | {"how": f"fails: not done after {minutes:g} minutes"}
+    try:
+        found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return row | {"how": f"fails: the process ended with {done.returncode}"}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("types", nargs="*", metavar="MODEL_TYPE")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--minutes", type=float, default=3.0, help="that one type may take")
+    parser.add_argument("--row", action="store_true", help="one type, here, as a line of JSON")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    types = args.types or model_types()
+    if args.row:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        warnings.filterwarnings("ignore")
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        with tempfile.TemporaryDirectory(prefix="families-") as work:
+            print(json.dumps(row_of(types[0], Path(work))))
+        return
     rows = []
-    for model_type in args.types or model_types():
-        work = Path(tempfile.mkdtemp(prefix="families-"))
-        try:
-            rows.append(row_of(model_type, work))
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        gc.collect()
-        print(*rows[-1].values(), sep="  ", flush=True)
+    for number, model_type in enumerate(types, 1):
+        start = time.monotonic()
+        rows.append(run_alone(model_type, args.minutes))
+        took = f"{time.monotonic() - start:.0f} s"
+        print(f"[{number}/{len(types)}, {took}]", *rows[-1].values(), sep="  ", flush=True)
     if args.out:
         args.out.write_text(table(rows), encoding="utf-8")
 

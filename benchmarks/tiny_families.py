@@ -70,6 +70,18 @@ TOKENS = (
 LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 # What some classes want otherwise: of the text config, and by the name of another sub-config.
 OWN: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+             "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": EXPERTS,
+                            "moe_top_k": EXPERTS}},
+    "deepseek_ocr2": {"@vision_config": {
+        "sam_config": {"hidden_size": 16, "output_channels": 8, "num_hidden_layers": 1,
+                       "num_attention_heads": 2, "image_size": 64, "global_attn_indexes": [0],
+                       "mlp_dim": 32, "downsample_channels": [16, 32]},
+        "encoder_config": {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 32,
+                           "num_hidden_layers": 1, "num_attention_heads": 4,
+                           "num_key_value_heads": 2}}},
+    "deepseek_v4": {"num_key_value_heads": 1, "head_dim": 8, "o_groups": 2, "o_lora_rank": 8,
+                    "layer_types": None, "mlp_layer_types": ["moe"] * LAYERS},
     "gemma4": {"enable_moe_block": True},
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {"num_key_value_heads": 4},
@@ -80,10 +92,11 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    "mistral4": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "phimoe": {"num_local_experts": 2, "num_experts_per_tok": 2},
     "muse_spark": {"@audio_config": {"num_hidden_layers": 4, "patch_sizes": [16, 6, 5, 4],
                    "hidden_sizes": [16, 16, 16, 32], "depths": [1, 1, 1, 1]}},
+    "qwen4_exp": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+                  "indexer_budget": 8, "indexer_compress_ratio": 4, "hc_lowrank": 8},
     "zaya": {"num_experts_per_tok": 1},
     "aria": {"@vision_config": {"model_type": "idefics3_vision"}},
     "mistral_large4": {"@vision_config": {"model_type": "pixtral"}},
@@ -140,7 +153,7 @@ def _small(kind: Any, table: dict[str, Any]) -> dict[str, Any]:
             known = True
         if known and not (key in synonyms and synonyms[key] in table):
             values[key] = value
-    if getattr(base, "kv_lora_rank", None):
+    if "kv_lora_rank" in values:
         values |= {k: v for k, v in LATENT.items() if k in values}
     layers = values.get("num_hidden_layers")
     if (layers and getattr(base, "layer_types", None) and "layer_types" not in dir(kind)) or (

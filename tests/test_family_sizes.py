@@ -67,6 +67,30 @@ EMO_1B_14B: dict[str, Any] = {
 }  # fmt: skip
 # By hand: 2 * vocabulary * 2048 + 2048 + 16 * (4 * 2048**2 + 3 * 8192 * 2048 + 2 * 2048).
 EMO_STUDENT = 1_484_851_200
+# As its config.json has it, the vision tower's sizes aside.
+QWEN3_5_35B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "qwen3_5_moe_text", "vocab_size": 248320, "hidden_size": 2048,
+        "num_hidden_layers": 40, "num_attention_heads": 16, "num_key_value_heads": 2,
+        "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 10,
+        "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512, "mtp_num_hidden_layers": 1,
+        "tie_word_embeddings": False,
+    },
+    "vision_config": {"model_type": "qwen3_5_moe", "depth": 27, "hidden_size": 1152,
+                      "out_hidden_size": 2048},
+}  # fmt: skip
+# By hand, H 2048, 8 x 512 + 512 = 4608 wide. In linear attention: q, k, v and z; b and a; the
+# convolution; A and dt; a norm; the output. In full attention q is twice as wide, for its gate.
+LINEAR = 2048 * (8192 + 4096) + 2 * 2048 * 32 + 4 * 8192 + 2 * 32 + 128 + 4096 * 2048
+FULL = 2048 * 8192 + 2 * 2048 * 512 + 4096 * 2048 + 2 * 256
+QWEN3_5_STUDENT = (
+    2 * 248320 * 2048 + 30 * LINEAR + 10 * FULL + 40 * (3 * 4608 * 2048 + 2 * 2048) + 2048
+)
 PUBLISHED = {
     "qwen3": (QWEN3_30B_A3B, 3_340_449_792, 6144),
     "deepseek": (DEEPSEEK_V2_LITE, 2_659_708_416, 11264),
@@ -91,6 +115,21 @@ def test_inspect_gives_the_published_students_sizes(
     assert facts["student_parameters"] == parameters
     assert {row["parameters"] for row in facts["students"]} == {parameters}
     assert {row["intermediate_size"] for row in facts["students"]} == {width}
+
+
+def test_inspect_gives_the_text_student_of_qwen3_5(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write_config(tmp_path, QWEN3_5_35B_A3B))
+    assert QWEN3_5_STUDENT == 3_433_935_488
+    assert main(["inspect", folder, "--text-only", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["student_architecture"] == "Qwen3_5ForCausalLM"
+    assert {row["parameters"] for row in facts["students"]} == {3_433_935_488}
+    assert {row["intermediate_size"] for row in facts["students"]} == {4608}
+    assert main(["inspect", folder]) == 0
+    printed = capsys.readouterr().out
+    assert "--text-only   Qwen3_5ForCausalLM, 3,433,935,488 parameters" in printed
 
 
 def write_holes(folder: Path, config: dict[str, Any]) -> Path:

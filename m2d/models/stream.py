@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from m2d.devices import announce, free_memory, release_freed_memory
 from m2d.errors import UserError
+from m2d.models.calls import Calls, Tap
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.experts import (
     GLU,
@@ -45,28 +46,6 @@ from m2d.progress import progress
 Visitor = Callable[[int, nn.Module, StackedExperts, Tensor, Tensor, Tensor, Tensor], None]
 
 
-class _Tap(nn.Module):
-    """Stands where a decoder layer stood: notes its call and passes `replay` or the input on."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        # Some models ask the layer itself, such as for the kind of its attention.
-        self.__dict__["stood_here"] = layer
-        self.hidden: Tensor | None = None
-        self.call: dict[str, Any] = {}
-        self.replay: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["stood_here"], name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.hidden, self.call = hidden, kwargs
-        return hidden if self.replay is None else self.replay
-
-
 class StreamedTeacher:
     """Runs a teacher's layers in turn over fixed tokens.
 
@@ -85,7 +64,7 @@ class StreamedTeacher:
         self.layers = list(layers_of(self.model))
         path = layers_path(self.model)
         self.prefixes = [f"{path}.{i}." for i in range(len(self.layers))]
-        self.taps = [_Tap(layer) for layer in self.layers]
+        self.taps = [Tap(layer) for layer in self.layers]
         decoder_of(self.model).layers = nn.ModuleList(self.taps)
         glus = {i: _glu_of(teacher, self.layers[i]) for i in teacher.moe_layers}
         self.glus: dict[int, str | Glu] = glus
@@ -190,12 +169,12 @@ class StreamedTeacher:
                     coming = reader.submit(self._load_layer, index + 1) if index < last else None
                     self._observe(layer, index, visit)
                     hidden.next_layer()
-                output = layer(hidden[i], **calls[len(batches[i])][index])
-                hidden[i] = output[0] if isinstance(output, tuple) else output
+                hidden[i] = calls.run(layer, index, i, hidden[i])
                 if i == len(batches) - 1:
                     _drop(layer)
                     release_freed_memory()
-                    if kept is not None:
+                    # What layers hand on beside hidden states is not kept.
+                    if kept is not None and (index == last or not calls.between_layers):
                         kept.done(index, hidden, index == last)
         if kept is not None:
             hidden.close()
@@ -203,16 +182,12 @@ class StreamedTeacher:
 
     def _begin(
         self, batches: Sequence[Tensor], hidden: HiddenStates, kept: Kept[Totals] | None
-    ) -> dict[int, list[dict[str, Any]]]:
-        """Fill `hidden` with embeddings, or with what was kept; gives the layers' other arguments.
-
-        These are one for each layer, by batch size.
-        """
-        calls: dict[int, list[dict[str, Any]]] = {}
+    ) -> Calls:
+        """Fill `hidden` with embeddings, or with what was kept; gives the layers' calls."""
+        calls = Calls(self.taps)
         for i, ids in enumerate(batches):
-            if kept is not None and kept.finished and len(ids) in calls:
-                continue
             self.model(ids.to(self.device), use_cache=False, logits_to_keep=1)
+            calls.record()
             first = self.taps[0].hidden
             assert first is not None
             if not i:
@@ -220,7 +195,6 @@ class StreamedTeacher:
                 hidden.plan(shapes, first.dtype, self._in_memory())
             if kept is None or not kept.finished:
                 hidden[i] = first
-            calls.setdefault(len(ids), [tap.call for tap in self.taps])
         if kept is not None and kept.finished:
             hidden.restore(kept.file)
         return calls

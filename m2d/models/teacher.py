@@ -55,6 +55,8 @@ RETURNS = {
     "output_hidden_states": False,
     "return_dict": True,
 }
+# The name of a module's class that routes to experts, of whatever form.
+EXPERTS = re.compile(r"Experts$|MoE$")
 # Beyond these, config.json is damaged, and making the model would take for ever.
 MOST = {
     "num_hidden_layers": 10_000,
@@ -259,7 +261,9 @@ def has_experts(model: str | Path) -> bool:
     skeleton = make_skeleton(config, model)
     family = FAMILIES.get(config.model_type)
     if family is None:
-        return bool(experts_modules(skeleton))
+        # A module of experts of another form is for `open_teacher` to refuse by name.
+        kinds = {type(module).__name__ for module in skeleton.modules()}
+        return bool(experts_modules(skeleton)) or any(map(EXPERTS.search, kinds))
     return any(has_module(layer, family.experts) for layer in layers_of(skeleton))
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from m2d.artifacts import atomic_path
 from m2d.errors import UserError
+from m2d.models.calls import Calls
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
 from m2d.models.fingerprint import noted_teacher, require_teacher
@@ -131,13 +132,13 @@ class SteppedModel(StreamedTeacher):
         """Embed input_ids [sequences, length], in batches of `batch` sequences."""
         self.batches = input_ids.split(batch)
         self.hidden: list[Tensor] = []
-        self.calls: dict[int, list[dict[str, Any]]] = {}  # by batch size, one per layer
+        self.calls = Calls(self.taps)
         for ids in self.batches:
             self.model(ids.to(self.device), use_cache=False, logits_to_keep=1)
             first = self.taps[0].hidden
             assert first is not None
             self.hidden.append(first)
-            self.calls.setdefault(len(ids), [tap.call for tap in self.taps])
+            self.calls.record()
 
     def load(self, index: int) -> nn.Module:
         """The layer with its weights."""
@@ -149,12 +150,12 @@ class SteppedModel(StreamedTeacher):
 
     def call(self, index: int, i: int) -> dict[str, Any]:
         """The arguments that layer `index` has besides the hidden states of batch i."""
-        return self.calls[len(self.batches[i])][index]
+        return self.calls.of(index, i)
 
     def advance(self, layer: nn.Module, index: int) -> None:
         """Push every batch through the whole layer."""
         for i, hidden in enumerate(self.hidden):
-            self.hidden[i] = _first(layer(hidden, **self.call(index, i)))
+            self.hidden[i] = self.calls.run(layer, index, i, hidden)
 
 
 class KeptStates:

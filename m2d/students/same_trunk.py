@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2d.devices import release_freed_memory
 from m2d.errors import UserError
+from m2d.models.calls import Calls, Tap
 from m2d.models.checkpoint import Checkpoint, require_finite
 from m2d.models.families import Family
 from m2d.models.skeleton import (
@@ -30,7 +31,7 @@ from m2d.models.skeleton import (
     make_skeleton,
     text_paths,
 )
-from m2d.models.stream import _drop, _Tap
+from m2d.models.stream import _drop
 from m2d.models.teacher import RETURNS, Teacher
 from m2d.students.tensors import source_name
 
@@ -110,7 +111,7 @@ class _Trunk:
         self.model = make_skeleton(config, teacher.folder)
         self.layers = list(layers_of(self.model))
         self.prefix = f"{layers_path(self.model)}."
-        taps = [_Tap(layer) for layer in self.layers]
+        taps = [Tap(layer) for layer in self.layers]
         self.taps = taps
         decoder_of(self.model).layers = nn.ModuleList(taps)
         self.tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -123,7 +124,8 @@ class _Trunk:
         self._empty(self.embedding)
         assert taps[0].hidden is not None
         self.hidden: Tensor = taps[0].hidden
-        self.calls = [tap.call for tap in taps]
+        self.calls = Calls(taps)
+        self.calls.record()
 
     def _run_to_the_head(self) -> None:
         """Let the layers note how they are called; the head has no weights yet."""
@@ -183,8 +185,7 @@ class _Trunk:
             if path and are_experts(module):
                 layer.set_submodule(path, _NoExperts())
         self._fill(layer, f"{self.prefix}{index}.", lambda name: name.startswith(inside))
-        output = layer(self.hidden, **self.calls[index])
-        self.hidden = output[0] if isinstance(output, tuple) else output
+        self.hidden = self.calls.run(layer, index, 0, self.hidden)
         _drop(layer)
         release_freed_memory()
         return self.hidden
