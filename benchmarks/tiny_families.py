@@ -67,6 +67,8 @@ TOKENS = (
     "eoi_token_id", "image_start_token_id", "image_end_token_id", "video_start_token_id",
     "video_end_token_id",
 )  # fmt: skip
+# Layers that take the indices that the layer before has chosen.
+HANDED_ON = {"indexer_types": ["full", "shared", "full", "shared"]}
 LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 # What some classes want otherwise: of the text config, and by the name of another sub-config.
 OWN: dict[str, dict[str, Any]] = {
@@ -89,7 +91,9 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                   "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
     "glm5_next": {"num_key_value_heads": 4, "index_topk": 16, "qk_rope_head_dim": 0, "head_dim": 0},
+    "glm_moe_dsa": HANDED_ON,
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "hy_v4": HANDED_ON,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "phimoe": {"num_local_experts": 2, "num_experts_per_tok": 2},
@@ -99,7 +103,7 @@ OWN: dict[str, dict[str, Any]] = {
                   "indexer_budget": 8, "indexer_compress_ratio": 4, "hc_lowrank": 8},
     "zaya": {"num_experts_per_tok": 1},
     "aria": {"@vision_config": {"model_type": "idefics3_vision"}},
-    "mistral_large4": {"@vision_config": {"model_type": "pixtral"}},
+    "mistral_large4": {**HANDED_ON, "@vision_config": {"model_type": "pixtral"}},
 }  # fmt: skip
 
 

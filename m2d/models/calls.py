@@ -78,10 +78,10 @@ class Calls:
         """The hidden states after a layer; what it hands on is noted for the next one."""
         output = layer(hidden, **self.of(index, batch))
         if not isinstance(output, tuple):
-            return output  # type: ignore[no-any-return]
+            return output
         if self.taps[index].passed_on is not None:
             self.passed_on[batch] = output[1]
-        return output[0]  # type: ignore[no-any-return]
+        return output[0]
 
 
 def _held_once(value: Any, before: Any, seen: dict[tuple[int, int], Any]) -> Any:
