@@ -103,6 +103,7 @@ OWN: dict[str, dict[str, Any]] = {
                   "indexer_budget": 8, "indexer_compress_ratio": 4, "hc_lowrank": 8},
     "zaya": {"num_experts_per_tok": 1},
     "aria": {"@vision_config": {"model_type": "idefics3_vision"}},
+    "mistral4": {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8},
     "mistral_large4": {**HANDED_ON, "@vision_config": {"model_type": "pixtral"}},
 }  # fmt: skip
 
