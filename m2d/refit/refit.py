@@ -123,7 +123,9 @@ def refit(
         target.start(tokens, batch)
     held_out = held_out_sequences(len(tokens), held_out_every).split(batch)
     found = Refitted({}, [])
-    kept, states, start = keep and keep(found), None, 0
+    # What layers hand on beside hidden states is not kept.
+    kept = None if source.calls.between_layers else keep and keep(found)
+    states, start = None, 0
     if kept is not None:
         kept.open(teacher.moe_layers)
         streams = [source, target] if variant == "sequential" else [source]
