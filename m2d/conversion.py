@@ -93,7 +93,7 @@ def convert(
     refit: "layer" or "sequential" to solve the down projections anew, with the tokens' `weighting`
     "equal" or "relative". align: steps in which each layer's FFN is then trained on the teacher's
     residual stream (docs/beyond.md).
-    One of text (files), tokens (a token file) or dataset (NAME[@CONFIG][:SPLIT[:COLUMN]])
+    One of text (files), tokens (a token file) or dataset (`NAME[@CONFIG][:SPLIT[:COLUMN]]`)
     gives the calibration tokens; sequences and length say how many (512 of 2048; of a token file
     all, or the first `sequences` of windows of `length`). column, bos: of text and dataset, as in
     m2d tokenize.
