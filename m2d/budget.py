@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from m2d.artifacts import make_own_folder, read_json, reading, write_json
 from m2d.choose.neurons import top_neurons
+from m2d.claims import CHOSEN
 from m2d.errors import UserError
 from m2d.models.resume import identity, kept_folder
 from m2d.models.routers import routed_rows
@@ -241,7 +242,7 @@ def pace(
     probe: the first sequences [n, length]; width: the student's; started: of time.monotonic.
     """
     what = identity(teacher.folder, probe, batch, dtype, width=width, **asdict(how))
-    file = kept_folder(out, {**what, **asdict(limit)}) / "budget.json"
+    file = kept_folder(out, {**what, **asdict(limit)}) / CHOSEN
     speed = chosen = None
     if limit.seconds is not None:
         chosen = remembered(file)
