@@ -53,8 +53,13 @@ LAYER_SHAPE = {
 }
 
 
+def compute_on(device: torch.device) -> torch.dtype:
+    """What m2d computes a bfloat16 checkpoint in on a device."""
+    return compute_dtype(None, torch.bfloat16, device)
+
+
 CPU = torch.device("cpu")
-COMPUTE = compute_dtype(None, torch.bfloat16, CPU)
+COMPUTE = compute_on(CPU)
 """What m2d computes a bfloat16 checkpoint in on this machine."""
 
 
@@ -68,15 +73,6 @@ def kind_of_cpu() -> str:
     else:
         kind = found[0] if found else "bfloat16 as fast as float32, by measurement"
     return f"{kind}; computes in {dtype_name(COMPUTE)}"
-
-
-def gpu_name() -> str:
-    return torch.cuda.get_device_name()
-
-
-def compute_on(device: torch.device) -> torch.dtype:
-    """What m2d computes a bfloat16 checkpoint in on a device."""
-    return compute_dtype(None, torch.bfloat16, device)
 
 
 def device_option(parser: argparse.ArgumentParser) -> None:
@@ -212,6 +208,8 @@ def peak_memory(arguments: list[str]) -> tuple[float, float]:
 def report(name: str, ratio: float, target: str, how: str, **details: object) -> None:
     """Print one measurement."""
     line = {"name": name, "ratio": float(f"{ratio:.3g}"), "target": target, "how": how}
-    line |= {"cpu": kind_of_cpu()} | ({"gpu": gpu_name()} if torch.cuda.is_available() else {})
+    line["cpu"] = kind_of_cpu()
+    if torch.cuda.is_available():
+        line["gpu"] = torch.cuda.get_device_name()
     line |= details
     print(json.dumps(line), flush=True)

@@ -20,7 +20,7 @@ from m2d.choose.scoring import SCORINGS
 from m2d.devices import compute_dtype, dtype_name, pick_device
 from m2d.errors import UserError
 from m2d.models.folded import Folds
-from m2d.models.resume import Keeper, Kept, Together, Totals, identity, remove_kept
+from m2d.models.resume import Keeper, Kept, Together, identity, keeper, remove_kept
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import STUDENT_CLASSES, Teacher, open_teacher
 from m2d.options import AUTO, add_compute_options, add_student_options, positive
@@ -179,9 +179,7 @@ def convert(
     stream = StreamedTeacher(opened, computed_in, chosen_device)
     what = identity(opened.folder, input_ids, batch, computed_in, fold=how.fold, alpha=how.alpha)
 
-    def keep_pass(kind: str, totals: Totals) -> Kept[Totals]:
-        return Kept(out, totals, {**what, "kind": kind})
-
+    keep_pass = keeper(out, what)
     folds = None
     if how.fold:
         folds = collect_folds(stream, input_ids, batch, how.fold, how.alpha, keep=keep_pass)

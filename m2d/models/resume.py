@@ -92,6 +92,15 @@ def kept_folder(out: str | Path, what: dict[str, Any]) -> Path:
     return out.parent / f".{out.name}.layers-{digest}"
 
 
+def keeper(out: str | Path, what: dict[str, Any]) -> Keeper:
+    """Keeps the passes that make one output, told apart by their names."""
+
+    def keep(kind: str, totals: Totals) -> Kept[Totals]:
+        return Kept(out, totals, {**what, "kind": kind})
+
+    return keep
+
+
 class Kept(Generic[Found]):
     """What a pass keeps beside its output. `finished`: how many layers need not be run again."""
 

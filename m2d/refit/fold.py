@@ -23,7 +23,7 @@ from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.folded import PARTS, FoldReport, LayerFold, reports, write_folds
-from m2d.models.resume import Keeper, Kept, Totals, identity, remove_kept
+from m2d.models.resume import Keeper, identity, keeper, remove_kept
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
 from m2d.options import add_compute_options
@@ -334,10 +334,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = compute_dtype(args.dtype, teacher.dtype, device)
     stream = StreamedTeacher(teacher, dtype, device)
     what = identity(teacher.folder, tokens, args.batch, dtype, fold=args.mode, alpha=args.alpha)
-
-    def keep(kind: str, totals: Totals) -> Kept[Totals]:
-        return Kept(args.out, totals, {**what, "kind": kind})
-
+    keep = keeper(args.out, what)
     folds = collect_folds(stream, tokens, args.batch, args.mode, args.alpha, keep=keep)
     about = provenance(teacher, args.tokens, dtype)
     record = {"mode": args.mode, "sequences": tokens.shape[0], "length": tokens.shape[1]}

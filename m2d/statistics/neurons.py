@@ -33,7 +33,7 @@ from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.folded import Folds, folds_of
-from m2d.models.resume import Keeper, Kept, Totals, identity, remove_kept
+from m2d.models.resume import Keeper, identity, keeper, remove_kept
 from m2d.models.routers import shared_weights
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
@@ -319,10 +319,7 @@ def main(args: argparse.Namespace) -> None:
     if args.fold:
         folds, about["fold_sha256"] = folds_of(teacher, args.fold)[0], sha256_of(args.fold)
     what = identity(teacher.folder, tokens, args.batch, dtype, fold=about.get("fold_sha256"))
-
-    def keep(kind: str, totals: Totals) -> Kept[Totals]:
-        return Kept(args.out, totals, {**what, "kind": kind})
-
+    keep = keeper(args.out, what)
     layers = collect(stream, tokens, args.batch, width, args.candidates, folds, keep)
     write_neurons(args.out, layers, about)
     remove_kept(args.out)

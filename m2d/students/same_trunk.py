@@ -96,6 +96,16 @@ def _stop(*_: Any) -> None:
     raise _AtTheHead
 
 
+def _zeros(_: str, shape: torch.Size) -> Tensor:
+    """Of any shape, in no memory."""
+    return torch.zeros(1).expand(shape)
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(module.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+
+
 class _Trunk:
     """A stock class without its FFNs, run layer by layer in float32."""
 
@@ -121,7 +131,7 @@ class _Trunk:
         self._fill_but(self.tied | self.head)
         self.model.tie_weights()
         self._run_to_the_head()
-        self._empty(self.embedding)
+        self._set(self.embedding, _zeros)
         assert taps[0].hidden is not None
         self.hidden: Tensor = taps[0].hidden
         self.calls = Calls(taps)
@@ -148,34 +158,26 @@ class _Trunk:
             part = self.model.get_submodule(path)
             self._fill(part, prefix, {n.removeprefix(prefix) for n in left_out}.__contains__)
 
-    def _empty(self, names: set[str]) -> None:
-        self._fill(self.model, "", names.__contains__, names)
+    def _set(self, names: set[str], value_of: Callable[[str, torch.Size], Tensor]) -> None:
+        """Give parameters of the whole model other values, and what is tied to them."""
+        for name in names:
+            _replace(self.model, name, value_of(name, self.model.get_parameter(name).shape))
         self.model.tie_weights()
 
-    def _fill(
-        self,
-        module: nn.Module,
-        prefix: str,
-        skip: Callable[[str], bool],
-        only: set[str] | None = None,
-    ) -> None:
-        """Give a module its weights; zeros where `skip` says so, which take no memory."""
+    def _fill(self, module: nn.Module, prefix: str, skip: Callable[[str], bool]) -> None:
+        """Give a module its weights; zeros where `skip` says so."""
         for name, parameter in list(module.named_parameters()):
-            if only is not None and name not in only:
-                continue
-            if skip(name):
-                value = torch.zeros(1).expand(parameter.shape)
-            else:
-                value = self.read(prefix + name)
-                require_finite(value, prefix + name)
-                value = value.float()
-                if value.shape != parameter.shape:
-                    raise UserError(
-                        f"{prefix}{name} is {list(value.shape)}, but the student's config implies "
-                        f"{list(parameter.shape)}"
-                    )
-            owner, _, last = name.rpartition(".")
-            setattr(module.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+            value_of = _zeros if skip(name) else self._weight
+            _replace(module, name, value_of(prefix + name, parameter.shape))
+
+    def _weight(self, name: str, shape: torch.Size) -> Tensor:
+        value = self.read(name)
+        require_finite(value, name)
+        if value.shape != shape:
+            raise UserError(
+                f"{name} is {list(value.shape)}, but the student's config implies {list(shape)}"
+            )
+        return value.float()
 
     def step(self, index: int) -> Tensor:
         """The hidden states [1, T, H] after a layer whose FFN gives zero."""
@@ -194,10 +196,9 @@ class _Trunk:
         """The logits [1, T, V] of the last hidden states."""
         self.taps[-1].replay = self.hidden
         again = self.head or self.embedding
-        self._fill(self.model, "", lambda _: False, again)
-        self.model.tie_weights()
+        self._set(again, self._weight)
         logits = self.model(self.ids, use_cache=False).logits
-        self._empty(again)
+        self._set(again, _zeros)
         return logits
 
 
