@@ -1,6 +1,8 @@
 """Every quantised format, against what its numbers stand for, written out by hand."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from conftest import make_teacher
 from family_formats import FORMATS, quantise
 from family_quantized import edit_config
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import m2d
 from m2d.cli import main
@@ -116,6 +119,165 @@ def test_a_part_that_is_missing_or_does_not_fit_is_named(what: str, tmp_path: Pa
     said = broken(folder, what)
     with pytest.raises(UserError, match=said):
         Checkpoint(folder)
+
+
+def with_first(number: float) -> Callable[[Tensor], Tensor]:
+    """A copy whose first number is this one."""
+
+    def change(tensor: Tensor) -> Tensor:
+        wide = tensor.float().flatten()
+        wide[0] = number
+        return wide.reshape(tensor.shape).to(tensor.dtype)
+
+    return change
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj."
+# What is wrong -> format, the end of a tensor's name, the tensor in its place, what the error says.
+NOT_FITTING: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
+    "two scales": ("fp8, one scale", "weight_scale_inv", lambda _: torch.ones(()), "two scales"),
+    "float8 scales": ("compressed fp8, channels", "weight_scale",
+                      lambda t: t.to(torch.float8_e4m3fn), "weight_scale is float8_e4m3fn"),
+    "zero points of another shape": ("compressed int8 with zeros", "weight_zero_point",
+                                     lambda t: t[:3].clone(), r"weight_zero_point is \[3, 1\]"),
+    "a shape of nothing": ("compressed w4a16", "weight_shape", lambda t: t * 0, "the two sizes"),
+    "a shape in floats": ("compressed w4a16", "weight_shape", lambda t: t / 0, "the two sizes"),
+    "packed in int64": ("compressed w4a16", "weight_packed", lambda t: t.long(), "int64; packed"),
+    "zero points in int64": ("awq", "qzeros", lambda t: t.long(), "qzeros is int64; packed"),
+    "whole scales": ("awq", "scales", lambda t: t.int(), "scales is int32; m2d reads"),
+    "a number for a matrix": ("gptq", "qweight", lambda t: t[0, 0].clone(), r"qweight is \[\]"),
+    "groups of other columns": ("gptq", "g_idx", lambda t: t[:7].clone(), r"g_idx is \[7\]"),
+    "groups in floats": ("gptq", "g_idx", lambda t: t.float(), "g_idx is float32"),
+    "columns of another weight": ("compressed w4a16, columns in any order", "weight_g_idx",
+                                  lambda t: t[:7].clone(), r"weight_g_idx is \[7\]"),
+}  # fmt: skip
+# The same of numbers that no quantiser writes, which are seen when they are read.
+IMPLAUSIBLE: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
+    "a negative scale": ("fp8, one scale", "weight_scale", lambda t: -t, "1 of 1 scales"),
+    "a scale of 0": ("fp8, one scale", "weight_scale", lambda t: t * 0, "a scale is 0"),
+    "a NaN scale": ("compressed fp8, blocks", "weight_scale", with_first(math.nan), "1 of 4 sc"),
+    "an infinite scale": ("compressed int8", "weight_scale", with_first(math.inf), "such as inf"),
+    "a negative int8 scale": ("compressed int8", "weight_scale", lambda t: -t, "32 of 32 scales"),
+    "an int8 scale of 0": ("compressed int8", "weight_scale", with_first(0), "a scale is 0"),
+    "a zero point of 300": ("compressed int8 with zeros", "weight_zero_point",
+                            lambda t: t.int() * 0 + 300, "zero point lies outside"),
+    "a NaN zero point": ("compressed int8 with zeros", "weight_zero_point",
+                         lambda t: t.float() * math.nan, "zero point lies outside"),
+    "a packed NaN scale": ("compressed w4a16", "weight_scale", with_first(math.nan), "such as nan"),
+    "a packed scale of 0": ("compressed w4a16", "weight_scale", with_first(0), "a scale is 0"),
+    "an awq scale that is infinite": ("awq", "scales", with_first(math.inf), "such as inf"),
+    "an awq scale of 0": ("awq", "scales", with_first(0), "a scale is 0"),
+    "a gptq NaN scale": ("gptq", "scales", with_first(math.nan), "such as nan"),
+    "a gptq zero point of 16": ("gptq", "qzeros", lambda t: t * 0 - 1, "a zero point is 16"),
+    "a group that is not there": ("gptq", "g_idx", with_first(99), "outside 0 to 1"),
+    "a negative group": ("gptq", "g_idx", with_first(-1), "outside 0 to 1"),
+    "a packed group that is not there": ("compressed w4a16, columns in any order", "weight_g_idx",
+                                         with_first(-1), "outside 0 to 1"),
+    "nvfp4 over 0": ("compressed nvfp4", "weight_global_scale", lambda t: t * 0, "whole weight"),
+    "nvfp4 times NaN": ("modelopt nvfp4", "weight_scale_2", lambda t: t * math.nan, "such as nan"),
+    "a negative nvfp4 scale": ("modelopt nvfp4", "weight_scale", with_first(-1), "such as -1"),
+}  # fmt: skip
+
+
+def spoil(folder: Path, case: tuple[str, str, Callable[[Tensor], Tensor], str]) -> None:
+    name, end, change, _ = case
+    quantise(folder, name)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[Q_PROJ + end] = change(tensors.get(Q_PROJ + end, torch.empty(0)))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("what", NOT_FITTING)
+def test_parts_of_another_kind_are_named(what: str, tmp_path: Path) -> None:
+    spoil(make_teacher(tmp_path / "teacher"), NOT_FITTING[what])
+    with pytest.raises(UserError, match=NOT_FITTING[what][-1]) as error:
+        Checkpoint(tmp_path / "teacher")
+    assert Q_PROJ in str(error.value)
+
+
+@pytest.mark.parametrize("what", IMPLAUSIBLE)
+def test_numbers_that_no_quantiser_writes_are_refused(what: str, tmp_path: Path) -> None:
+    spoil(make_teacher(tmp_path / "teacher"), IMPLAUSIBLE[what])
+    checkpoint = Checkpoint(tmp_path / "teacher")
+    checkpoint.read("model.layers.1.self_attn.q_proj.weight")
+    with pytest.raises(UserError, match=IMPLAUSIBLE[what][-1]) as error:
+        checkpoint.read(Q_PROJ + "weight")
+    assert Q_PROJ in str(error.value)
+
+
+def test_what_quantisers_do_write_is_read(tmp_path: Path) -> None:
+    # Of a group of zeros the scale may be 0, of integers in groups negative, and a float8 scale
+    # rounds to 0 where a block's numbers are the smallest.
+    folder = make_teacher(tmp_path / "fp8")
+    quantise(folder, "fp8, one scale")
+    tensors = load_file(folder / "model.safetensors")
+    for end in ("weight", "weight_scale"):
+        tensors[Q_PROJ + end] = torch.zeros_like(tensors[Q_PROJ + end])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert not Checkpoint(folder).read(Q_PROJ + "weight").any()
+    for name, end in (("gptq", "scales"), ("compressed w4a16", "weight_scale")):
+        folder = make_teacher(tmp_path / name)
+        plain = quantise(folder, name)[Q_PROJ + "weight"]
+        tensors = load_file(folder / "model.safetensors")
+        tensors[Q_PROJ + end] *= -1
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        assert torch.allclose(Checkpoint(folder).read(Q_PROJ + "weight"), -plain, rtol=3e-7)
+    spoil(make_teacher(tmp_path / "t"), ("modelopt nvfp4", "weight_scale", with_first(0), ""))
+    assert not Checkpoint(tmp_path / "t").read(Q_PROJ + "weight")[0, :16].any()
+
+
+def test_zero_points_that_config_json_promises_must_be_there(tmp_path: Path) -> None:
+    for name in ("compressed w4a16", "compressed int8"):
+        folder = make_teacher(tmp_path / name)
+        quantise(folder, name)
+        settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+        settings["config_groups"]["group_0"]["weights"]["symmetric"] = False
+        edit_config(folder, quantization_config=settings)
+        with pytest.raises(UserError, match=r"has no .*weight_zero_point beside it"):
+            Checkpoint(folder)
+
+
+def test_scales_of_other_blocks_than_declared_are_refused(tmp_path: Path) -> None:
+    folder = make_teacher(tmp_path / "teacher")
+    for name in ("fp8, one scale", "scales that nobody declares"):
+        make_teacher(folder)
+        quantise(folder, name)
+        edit_config(
+            folder, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]}
+        )
+        with pytest.raises(UserError, match=r"blocks of \[16, 16\] of .* imply"):
+            Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": "none"},
+        {"quant_method": "compressed-tensors", "format": "dense", "config_groups": [1]},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"a": {"weights": {"type": "int", "num_bits": [4], "group_size": {}}}},
+        },
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"a": {"weights": {"block_structure": 16}}},
+        },
+        {"quant_method": "awq", "bits": [4]},
+        {"quant_method": {}, "bits": 4},
+        {"quant_method": "fp8", "weight_block_size": [0, 128]},
+        {"quant_method": "fp8", "weight_block_size": 0},
+    ],
+)
+def test_a_config_that_makes_no_sense_is_one_line(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_teacher(tmp_path / "teacher")
+    edit_config(folder, quantization_config=settings)
+    assert main(["inspect", str(folder)]) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("m2d ")]
+    assert "config.json" in line
 
 
 UNKNOWN: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {

@@ -115,9 +115,16 @@ def _entry(file: Path, spec: dict[str, Any], data_start: int, size: int) -> Entr
 
 
 def read_entry(entry: AnyEntry, name: str) -> Tensor:
-    """The tensor, on the CPU, in memory of its own. `name` is for the error message."""
+    """The tensor, on the CPU, in memory of its own. `name` is for the error message.
+
+    Raises UserError where the file cannot be read, or a quantised tensor holds what cannot be.
+    """
     if isinstance(entry, Derived):
-        return entry.compute(*(read_entry(source, name) for source in entry.sources))
+        parts = [read_entry(source, name) for source in entry.sources]
+        try:
+            return entry.compute(*parts)
+        except ValueError as error:
+            raise UserError(f"{entry.file}: {name}: {error}") from None
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     fill(entry, name, tensor)
     return tensor

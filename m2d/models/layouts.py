@@ -21,7 +21,8 @@ from m2d.models.entries import AnyEntry, Derived, Entry
 from m2d.models.families import Family
 from m2d.models.names import Names
 from m2d.models.quantized import MXFP4_BLOCK, MXFP4_SUFFIXES, dequantize_mxfp4
-from m2d.models.schemes import plain_entries, read_scheme
+from m2d.models.quantized_entries import plain_entries
+from m2d.models.schemes import read_scheme
 
 
 @dataclass(frozen=True)

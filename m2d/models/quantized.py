@@ -5,7 +5,11 @@ with one power of two per block. Scaled weights (float8 or int8): one scale for 
 for each row, or for each rectangle (DeepSeek-V3, Qwen3-FP8), to multiply with. NVFP4: 4-bit values
 in blocks of 16 with a float8 scale each and one more for the whole weight. Packed integers
 (compressed-tensors, AWQ, GPTQ): several to an int32, each with a scale and perhaps a zero point per
-group of input columns. m2d/models/schemes.py says which tensor is which.
+group of input columns. m2d/models/quantized_entries.py says which tensor is which.
+
+Each raises ValueError for contents that no quantiser writes: a scale that is not finite, of zero
+where the numbers are not, or, but of integers in groups, negative; a zero point that its bits do
+not hold.
 
 Shapes: R output rows, C input columns, G groups of columns, P integers in an int32.
 """
@@ -17,6 +21,7 @@ from torch import Tensor
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4_BLOCK = 32
 MXFP4_EXPONENT_BIAS = 127
+E8M0_NAN = 255
 MXFP4_SUFFIXES = ("_blocks", "_scales")
 FP8_BLOCK = (128, 128)
 NVFP4_BLOCK = 16
@@ -29,6 +34,8 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
     Every value is a small number times a power of two, hence exact in bfloat16.
     """
+    if bool((scales == E8M0_NAN).any()):
+        raise ValueError("a scale is NaN")
     values = _fp4_pairs(blocks)
     powers = torch.ldexp(torch.ones(scales.shape), scales.int() - MXFP4_EXPONENT_BIAS)
     return values.mul_(powers.bfloat16()[..., None]).flatten(-2).to(dtype)
@@ -63,8 +70,28 @@ def dequantize_scaled(
     """
     values = weight.float()
     if zero is not None:
+        if not bool(((zero >= -128) & (zero <= 127)).all()):
+            raise ValueError("a zero point lies outside the 8 bits of the weight")
         values = values - _spread(zero.float(), weight.shape, block)
-    return (values * _spread(scale.float(), weight.shape, block)).to(dtype)
+    scale = _plausible(scale)
+    return _product(values, _spread(scale, weight.shape, block), scale).to(dtype)
+
+
+def _plausible(scale: Tensor, signed: bool = False) -> Tensor:
+    """Scales in float32. signed: some quantisers of integers write negative ones."""
+    found = scale.float()
+    sound = found.isfinite() if signed else found.isfinite() & (found >= 0)
+    if not bool(sound.all()):
+        count, first = int((~sound).sum()), float(found[~sound][0])
+        raise ValueError(f"{count} of {found.numel()} scales cannot be right, such as {first:g}")
+    return found
+
+
+def _product(values: Tensor, spread: Tensor, scale: Tensor) -> Tensor:
+    """values * spread; scale: the same scales before they were spread."""
+    if bool((scale == 0).any()) and bool(((values != 0) & (spread == 0)).any()):
+        raise ValueError("a scale is 0 where the quantised numbers are not")
+    return values * spread
 
 
 def _spread(scale: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
@@ -89,9 +116,13 @@ def dequantize_nvfp4(
 
     divide: whether `whole` divides the scales (compressed-tensors) or multiplies them (ModelOpt).
     """
+    factor = _plausible(whole).reshape(())
+    if factor == 0:
+        raise ValueError("the scale of the whole weight is 0")
     values = _fp4_pairs(packed).float()
-    factor = 1 / whole.float().reshape(()) if divide else whole.float().reshape(())
-    scales = (scale.float() * factor).repeat_interleave(NVFP4_BLOCK, -1)
+    # One of a block may be 0: the smallest are, once they are rounded to float8.
+    scales = _plausible(scale) * (1 / factor if divide else factor)
+    scales = scales.repeat_interleave(NVFP4_BLOCK, -1)
     return (values * scales).to(dtype)
 
 
@@ -120,15 +151,22 @@ def dequantize_packed(
     """
     offset = 1 << (bits - 1)
     values = (unpack(packed, bits, 1)[:, :columns] - offset).float()
-    if groups is not None and bool((groups >= 0).all()):
-        place = groups.long()
-    else:
-        place = torch.arange(columns) // group
-    scales = scale.float()
+    in_order = groups is None or bool((groups == -1).all())
+    place = _groups(None if in_order else groups, columns, group, scale.shape[1])
+    scales = _plausible(scale, signed=True)
     if zero is not None:
         zeros = (unpack(zero, bits, 0)[: len(values)] - offset).float()
         values = values - zeros[:, place]
-    return (values * scales[:, place]).to(dtype)
+    return _product(values, scales[:, place], scales).to(dtype)
+
+
+def _groups(groups: Tensor | None, columns: int, group: int, count: int) -> Tensor:
+    """The group of each column [C], of `count`; in order where `groups` does not say otherwise."""
+    if groups is None:
+        return torch.arange(columns) // group
+    if not bool(((groups >= 0) & (groups < count)).all()):
+        raise ValueError(f"g_idx names groups outside 0 to {count - 1}")
+    return groups.long()
 
 
 def dequantize_awq(
@@ -140,8 +178,10 @@ def dequantize_awq(
     def integers(whole: Tensor) -> Tensor:
         return unpack(whole, bits, 1).unflatten(-1, (-1, len(order)))[..., order].flatten(-2)
 
-    place = torch.arange(packed.shape[0]) // group
-    values = (integers(packed) - integers(zero)[place]).float() * scale.float()[place]
+    place = _groups(None, len(packed), group, len(scale))
+    scales = _plausible(scale, signed=True)
+    integral = (integers(packed) - integers(zero)[place]).float()
+    values = _product(integral, scales[place], scales)
     return values.T.contiguous().to(dtype)
 
 
@@ -161,7 +201,10 @@ def dequantize_gptq(
     Stored zeros are `zero_offset` too small. groups [C]: the group of each column.
     """
     values = unpack(packed, bits, 0)
-    place = torch.arange(len(values)) // group if groups is None else groups.long()
+    place = _groups(groups, len(values), group, len(scale))
+    scales = _plausible(scale, signed=True)
     zeros = unpack(zero, bits, 1) + zero_offset
-    wide = (values - zeros[place]).float() * scale.float()[place]
+    if bool((zeros >= 1 << bits).any()):  # programs do not agree on what it wraps to
+        raise ValueError(f"a zero point is {1 << bits}, which {bits} bits do not hold")
+    wide = _product((values - zeros[place]).float(), scales[place], scales)
     return wide.T.contiguous().to(dtype)
