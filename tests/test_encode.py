@@ -17,6 +17,7 @@ from m2d.errors import UserError
 from m2d.tokens.dataset import PackedTokens
 from m2d.tokens.files import open_tokens, read_tokens
 from m2d.tokens.packed import pack_tokens, packed_batches, write_packed
+from m2d.tokens.tokenize import load_tokenizer
 from tests.conftest import make_tokenizer
 
 # As Qwen's, with <|endoftext|> in the place of <|im_end|>; thinking of earlier turns is dropped.
@@ -116,6 +117,20 @@ def test_where_the_beginning_of_sequence_stands() -> None:
     with pytest.raises(UserError, match="--bos sequence: the tokenizer has no beginning"):
         packed(plain, 4, bos="sequence")
     assert bos not in first_batch([CHAT] * 9, adds, 40)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama", "gemma", "bert", "t5"])
+def test_a_folder_without_a_tokenizer_is_said_to_have_none(kind: str, tmp_path: Path) -> None:
+    # For some of these transformers makes one up, which finds nothing in a text, or unknown tokens.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UserError, match="has no tokenizer; fetch the model's own"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"no such thing")
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    make_tokenizer().save_pretrained(tmp_path)
+    assert len(load_tokenizer(tmp_path)("a mixture")["input_ids"]) > 1
 
 
 def test_ids_that_the_model_does_not_know_are_refused(tmp_path: Path) -> None:

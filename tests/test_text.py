@@ -35,6 +35,8 @@ READ: dict[str, tuple[str, bytes]] = {
     "upper case": ("A.JSONL", lines(*ROWS)),
     "mark": ("a.jsonl", b"\xef\xbb\xbf" + lines(*ROWS)),
     "UTF-16": ("a.jsonl", lines(*ROWS).decode().encode("utf-16")),
+    "UTF-32": ("a.jsonl", lines(*ROWS).decode().encode("utf-32")),
+    "UTF-32, big end first": ("a.jsonl", b"\0\0\xfe\xff" + "\n".join(ROWS).encode("utf-32-be")),
     "Windows": ("a.jsonl", "\r\n".join(ROWS).encode()),
     "blank lines": ("a.jsonl", lines("", *ROWS, "", " ", "")),
     "escaped": ("a.jsonl", lines(*(json.dumps({"text": t}, ensure_ascii=False) for t in TEXTS))),
@@ -115,6 +117,7 @@ def test_what_is_skipped_is_counted_and_said(tmp_path: Path, capsys: pytest.Capt
 REFUSED: dict[str, tuple[str, bytes, str]] = {
     "Latin-1": ("a.txt", b"caf\xe9 " * 4_000_000, "byte 0xe9 is not UTF-8"),
     "Latin-1 line": ("a.jsonl", lines(*ROWS) + b'\n{"text": "\xe9"}', "not UTF-8"),
+    "UTF-16 without a mark": ("a.txt", "plain words".encode("utf-16-le"), "1 of NUL characters"),
     "no JSON": ("a.jsonl", lines(*ROWS, "{" + "x" * 10**6), "line 41 is not JSON"),
     "empty": ("a.txt", b"", "holds no text (1 empty)"),
     "no rows": ("a.jsonl", b"\n\n", "holds no text"),

@@ -109,6 +109,8 @@ def _why_skipped(value: Any, document: Any) -> str | None:
     text = text_of(document)
     if not text.strip():
         return "empty"
+    if text.count("\0") > len(text) // 4:
+        return "of NUL characters, as UTF-16 has them without its byte order mark"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

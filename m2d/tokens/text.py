@@ -22,6 +22,13 @@ from m2d.tokens.rows import COLUMNS, PEEK, Document, column_of, documents_of, ho
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".ndjson", ".json", ".parquet")
 PACKED = (".gz", ".zst")
+# Byte order marks, the longer first, since one begins with another.
+MARKS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
 # Characters of one document: more is a mistake, or a trap for a machine's memory.
 LONGEST = 2**30
 
@@ -139,7 +146,7 @@ def _documents_of(file: Path, column: str | None) -> Iterator[Document]:
 
 
 def _open(file: Path, newline: str | None) -> io.TextIOWrapper:
-    """The file's text, unpacked; as UTF-8, or UTF-16 where a byte order mark says so."""
+    """The file's text, unpacked; as UTF-8, or UTF-16 or -32 where a byte order mark says so."""
 
     def stream() -> BinaryIO:
         if file.name.lower().endswith(".gz"):
@@ -153,8 +160,8 @@ def _open(file: Path, newline: str | None) -> io.TextIOWrapper:
         return file.open("rb")
 
     with stream() as beginning:
-        mark = beginning.read(2)
-    encoding = "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        mark = beginning.read(4)
+    encoding = next((name for start, name in MARKS.items() if mark.startswith(start)), "utf-8-sig")
     return io.TextIOWrapper(stream(), encoding, newline=newline)
 
 

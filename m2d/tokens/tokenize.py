@@ -7,6 +7,7 @@ where it was when it is started again with the same arguments.
 
 import argparse
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=positive, default=2048, help="tokens each (default: 2048)")
 
 
+# The files of which a tokenizer has at least one.
+VOCABULARY = re.compile(r"tokenizer\.json|vocab\..*|.*\.(model|tiktoken)|tekken\.json")
+
+
 def load_tokenizer(model: str | Path) -> Any:
     """A model folder's tokenizer; no code of the folder is run."""
     folder = locate(model)
     try:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         found("a")  # some of what is wrong in tokenizer_config.json shows only then
-        return found
+        # Where a folder has none, transformers may make one of special tokens up.
+        if len(found.get_vocab()) - len(found.added_tokens_decoder) > 1:
+            return found
+        reason = "it knows special tokens alone"
     except Exception as error:
-        raise UserError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
+        reason = first_line(error)
+    if not any(VOCABULARY.fullmatch(file.name) for file in folder.iterdir()):
+        raise UserError(
+            f"{folder}: has no tokenizer; fetch the model's own (tokenizer.json, or vocab.json and "
+            "merges.txt, or tokenizer.model)"
+        )
+    raise UserError(f"{folder}: no usable tokenizer ({reason})")
 
 
 def vocabulary_of(model: str | Path) -> int | None:
