@@ -23,7 +23,7 @@ from m2d.models.folded import Folds
 from m2d.models.resume import Keeper, Kept, Together, identity, keeper, remove_kept
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import STUDENT_CLASSES, Teacher, open_teacher
-from m2d.options import AUTO, add_compute_options, add_student_options, positive
+from m2d.options import AUTO, add_compute_options, add_student_options, number, positive
 from m2d.progress import say
 from m2d.recipes import RECIPES, settled
 from m2d.refit.align import AlignSettings, align_student
@@ -333,7 +333,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=MODES,
         help="put the router into the gates: by --alpha, or fitted for each layer or neuron",
     )
-    parser.add_argument("--alpha", type=float, help="of --fold fixed (default: 1)")
+    parser.add_argument("--alpha", type=number, help="of --fold fixed (default: 1)")
     parser.add_argument(
         "--refit", choices=VARIANTS, help="solve the down projections anew in closed form"
     )

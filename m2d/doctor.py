@@ -16,6 +16,7 @@ import torch
 
 from m2d import __version__
 from m2d.devices import compute_dtype, dtype_name, free_memory, product_seconds
+from m2d.errors import UserError
 from m2d.pipeline.estimate import Plan, dry_run, jobs_of, plan_of
 from m2d.pipeline.settings import load_config
 
@@ -186,17 +187,20 @@ def as_text(found: Mapping[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", nargs="?", help="a pipeline of the config: what would it lack?")
-    parser.add_argument("--config", type=Path, default=Path("config.yaml"), help="(config.yaml)")
+    parser.add_argument("--config", type=Path, help="of the target (config.yaml)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.target is None and args.config is not None:
+        raise UserError("--config: is of a target; name one, such as all_demo")
     found = facts()
     if args.target is None:
         print(json.dumps(found, indent=1) if args.json else as_text(found))
         return
-    config = load_config(args.config)
-    plan = plan_of(args.target, jobs_of(dry_run(args.target, False, args.config)), config)
+    file = args.config or Path("config.yaml")
+    config = load_config(file)
+    plan = plan_of(args.target, jobs_of(dry_run(args.target, False, file)), config)
     missing = lacks(plan, config, found)
     if args.json:
         lacking = [asdict(lack) for lack in missing]

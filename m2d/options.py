@@ -1,6 +1,7 @@
 """Command-line options that several commands share."""
 
 import argparse
+import math
 
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,6 +48,33 @@ def seed(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text[:40]!r} is not a whole number from 0 to {LARGEST_SEED}"
         )
+    return value
+
+
+def number(text: str) -> float:
+    """A finite number (an argparse type)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0 (an argparse type)."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0, and at most 1 (an argparse type)."""
+    value = above_zero(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is above 1")
     return value
 
 

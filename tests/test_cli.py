@@ -222,6 +222,11 @@ def test_every_extra_is_one_of_the_package() -> None:
         (["distill", "s", "t", "o", "--tokens", "f", "--seed", "4294967296"], "must be less than"),
         (["distill", "s", "t", "o", "--tokens", "f", "--steps", "1" * 30], "must be less than"),
         (["card", "s", "--out", ""], "is no name for an output"),
+        (["inspect", "t", "--params", "1e400"], "is not a number such as 2.5B"),
+        (["convert", "t", "o", "--alpha", "nan"], "'nan' is not a number"),
+        (["fold", "t", "o", "--tokens", "f", "--alpha", "1e999"], "'1e999' is not a number"),
+        (["align", "s", "t", "o", "--tokens", "f", "--learning-rate", "0"], "'0' is not above 0"),
+        (["doctor", "--config", "nowhere"], "is of a target; name one"),
     ],
 )
 def test_absurd_values_are_one_short_line(

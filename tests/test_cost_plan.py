@@ -125,7 +125,24 @@ def test_unknown_target_is_one_line(
     assert main(["estimate", "all_hedline"]) == 2
     error = capsys.readouterr().err
     assert "m2d estimate: error: all_hedline: snakemake --dry-run failed" in error
+    assert "No rule to produce all_hedline" in error
     assert error.count("\n") == 1
+    assert main(["estimate", ""]) == 2
+    assert "the target is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("flops", "nan"), ("flops", "inf"), ("flops", "0"), ("utilization", "1e400"),
+     ("utilization", "1.5"), ("utilization", "-1")],
+)  # fmt: skip
+def test_speeds_that_cannot_be_are_refused(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["estimate", "all_demo", f"--{option}", value])
+    assert stop.value.code == 2
+    assert f"argument --{option}: '{value}' is" in capsys.readouterr().err
 
 
 def test_from_any_folder_with_a_config_of_its_own(

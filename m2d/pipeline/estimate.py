@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from m2d.errors import UserError
+from m2d.options import above_zero, share
 from m2d.pipeline.jobs import hardware_of, need_of, resources_of, sizes_of
 from m2d.pipeline.place import snakefile
 from m2d.pipeline.resources import Need, item_bytes
@@ -115,9 +116,12 @@ def dry_run(target: str, everything: bool, config: Path) -> str:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile())]
     command += ["--configfile", str(config), "--dry-run", "--nolock", "--cores", "1"]
     command += ["--rerun-incomplete", *(["--forceall"] if everything else []), "--", target]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not target.strip():
+        raise UserError("the target is empty; name a pipeline of the config, or a file")
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        # Its log, which ends with the reason, goes to stdout.
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         raise UserError(f"{target}: snakemake --dry-run failed ({lines[-1] if lines else '?'})")
     return done.stdout + done.stderr
 
@@ -239,9 +243,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="config.yaml", help="(config.yaml)")
     parser.add_argument("--all", action="store_true", help="also what is done already")
     parser.add_argument(
-        "--flops", type=float, help="of one GPU at its best (default: the config's)"
+        "--flops", type=above_zero, help="of one GPU at its best (default: the config's)"
     )
-    parser.add_argument("--utilization", type=float, help="share that is reached (the config's)")
+    parser.add_argument("--utilization", type=share, help="what is reached of it (the config's)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -250,8 +254,6 @@ def main(args: argparse.Namespace) -> None:
     config = load_config(path)
     for key in ("flops", "utilization"):
         if (value := getattr(args, key)) is not None:
-            if value <= 0:
-                raise UserError(f"--{key} {value:g}: must be above 0")
             config["hardware"][key] = value
     plan = plan_of(args.target, jobs_of(dry_run(args.target, args.all, path)), config)
     print(as_json(plan, config) if args.json else as_text(plan, config))

@@ -28,7 +28,7 @@ from m2d.models.checkpoint import shard_files
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
 from m2d.models.teacher import Teacher, locate, open_teacher
-from m2d.options import add_compute_options, positive
+from m2d.options import above_zero, add_compute_options, positive
 from m2d.progress import progress, say
 from m2d.refit.halves import (
     SteppedModel,
@@ -486,7 +486,7 @@ def add_align_options(parser: argparse.ArgumentParser, default: AlignSettings) -
     )
     parser.add_argument(
         "--learning-rate",
-        type=float,
+        type=above_zero,
         default=default.learning_rate,
         help="an update's size as a share of the weights' (%(default)s)",
     )

@@ -26,7 +26,7 @@ from m2d.models.folded import PARTS, FoldReport, LayerFold, reports, write_folds
 from m2d.models.resume import Keeper, identity, keeper, remove_kept
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
-from m2d.options import add_compute_options
+from m2d.options import add_compute_options, number
 from m2d.progress import say
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
 from m2d.statistics.routing import provenance
@@ -316,7 +316,7 @@ def add_mode_options(parser: argparse.ArgumentParser) -> None:
         default="neuron",
         help="fixed: --alpha in every layer; layer, neuron: fitted on the tokens (%(default)s)",
     )
-    parser.add_argument("--alpha", type=float, default=1.0, help="for --mode fixed (%(default)s)")
+    parser.add_argument("--alpha", type=number, default=1.0, help="for --mode fixed (%(default)s)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from m2d.choose.neurons import check_width
 from m2d.errors import UserError
 from m2d.models.teacher import Teacher, count_parameters
-from m2d.options import positive
+from m2d.options import MOST, positive
 from m2d.students.tensors import build_student_skeleton
 
 # Of which the width of a student's FFN is a multiple, unless asked otherwise: llama.cpp quantises
@@ -20,10 +20,10 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 def number_of_parameters(text: str) -> int:
     """2.5B, 700M, 90k or a plain number (an argparse type)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMB]?)", text.strip(), re.IGNORECASE)
-    value = round(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 2.5B or 700M")
-    return value
+    value = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
+    if not 1 <= value <= MOST**2:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number such as 2.5B or 700M")
+    return round(value)
 
 
 def parameters_of(teacher: Teacher, width: int) -> int:
