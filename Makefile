@@ -28,7 +28,7 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
     test-serving bench check format rulegraph schema lock docs profiles clean help
 
 demo: $(STAMP)
-	$(IN_VENV) snakemake --profile profiles/local --logger m2d -- all_demo
+	$(IN_VENV) m2d forkserver snakemake --profile profiles/local --logger m2d -- all_demo
 	$(IN_VENV) snakemake --profile profiles/local --quiet all --report report.html -- all_demo
 	@echo "Tables: results/tables/all_demo   Figures: results/figures/all_demo   Report: report.html"
 

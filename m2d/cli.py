@@ -6,6 +6,7 @@ imported, so that `m2d --help` starts at once and no command pays for another's 
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -54,6 +55,7 @@ COMMANDS = {
     "tables": ("m2d.report.tables", "gather results into tables"),
     "figures": ("m2d.report.figures", "draw the figures of the tables"),
     "demo": ("m2d.demo.command", "the demo corpus and teacher"),
+    "forkserver": ("m2d.forkserver", "run a workflow whose commands share one start-up"),
 }
 
 
@@ -101,6 +103,12 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    if arguments is None and "M2D_FORKSERVER" in os.environ:
+        from m2d.forkserver import run_there
+
+        code = run_there(sys.argv[1:])
+        if code is not None:
+            return code
     arguments = with_new_names(sys.argv[1:] if arguments is None else arguments)
     command = next((word for word in arguments if not word.startswith("-")), None)
     try:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from operator import itemgetter
@@ -31,6 +32,20 @@ def documents() -> list[corpus.Document]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "DOMAINS", DOMAINS)
         return corpus.build_corpus()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "_x__Y9 100 00.250 a\tb\n\n c\x00d\x1fe\x7f",
+        "".join(map(chr, range(128))) * 2,
+        "caf\u00e9 \u0663\u0664 12 \u00a0 x\u2003y \ud55c\uad6d",
+    ],
+)
+def test_normalise_is_what_it_says(text: str) -> None:
+    words = re.sub(r"[\W_]+", " ", re.sub(r"\d+", "0", text.lower())).strip()
+    assert corpus.normalise(text) == words
 
 
 def test_every_domain_and_split_has_documents(documents: list[corpus.Document]) -> None:
