@@ -37,8 +37,9 @@ from m2d.tokens.files import cut_to, read_tokens
 from m2d.tokens.tokenize import add_text_options, tokens_from
 
 PROTOCOL = "token-level, non-overlapping windows, the first token of each is not predicted"
-# Logits are widened to float32 for so many elements at a time.
-LOGITS_AT_ONCE = 2**26
+# Logits are widened to float32 for so many elements at a time: on a CPU what its cache holds.
+LOGITS_AT_ONCE = {"cpu": 2**19, "other": 2**26}
+NO_TOKEN = -100  # what cross_entropy ignores
 # Nats per token; the exponential of more is no number.
 LARGEST_NLL = 709.0
 
@@ -66,11 +67,17 @@ def nll_sums(logits: Tensor, input_ids: Tensor) -> Tensor:
 
     logits [B, T, V] of ids [B, T].
     """
-    predicted, targets = logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
-    rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    targets = torch.full_like(input_ids, NO_TOKEN, dtype=torch.int64)
+    targets[:, :-1] = input_ids[:, 1:]
+    at_once = LOGITS_AT_ONCE["cpu" if logits.device.type == "cpu" else "other"]
+    rows = max(1, at_once // logits.shape[-1])
     losses = [
-        functional.cross_entropy(part.float(), target.to(part.device), reduction="none")
-        for part, target in zip(predicted.split(rows), targets.split(rows), strict=True)
+        functional.cross_entropy(
+            part.float(), target.to(part.device), reduction="none", ignore_index=NO_TOKEN
+        )
+        for part, target in zip(
+            logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True
+        )
     ]
     return torch.cat(losses).double().cpu().view(len(input_ids), -1).sum(1)
 
