@@ -1,9 +1,10 @@
-"""Train a small DeepSeek-V2 on the demo corpus, with AdamW: the second teacher of docs/beyond.md.
+"""Train a small teacher of another family on the demo corpus, with AdamW, for docs/beyond.md.
 
-Unlike the demo teacher it has a dense first layer, shared experts, routing weights that are not
-renormalised, latent attention, as many experts as DeepSeek-V2-Lite (6 of 64, and 2 shared) and an
-optimiser that is not Muon. It takes the steps that fit into the time: minutes on a GPU, hours on a
-CPU.
+A DeepSeek-V2: unlike the demo teacher it has a dense first layer, shared experts, routing weights
+that are not renormalised, latent attention, as many experts as DeepSeek-V2-Lite (6 of 64, and 2
+shared) and an optimiser that is not Muon. Or a Qwen2-MoE, whose shared expert has a gate that
+depends on the token (4 of 32 experts). It takes the steps that fit into the time: minutes on a GPU,
+hours on a CPU for the first, half an hour for the second.
 
     python benchmarks/second_teacher.py CORPUS TOKENIZER_FOLDER OUT --device cuda --minutes 4
 """
@@ -11,10 +12,17 @@ CPU.
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+)
 
 from m2d.demo.teacher import (
     balance_loss,
@@ -26,11 +34,13 @@ from m2d.demo.teacher import (
     schedule,
     watch_routers,
 )
+from m2d.devices import compute_dtype
+from m2d.options import AUTO
 
 FIRST, PACE = 10, 60  # steps between which the pace is taken
 
 
-def config(vocabulary: int, end: int) -> DeepseekV2Config:
+def deepseek_v2(vocabulary: int, end: int) -> DeepseekV2Config:
     return DeepseekV2Config(
         vocab_size=vocabulary,
         hidden_size=256,
@@ -62,14 +72,42 @@ def config(vocabulary: int, end: int) -> DeepseekV2Config:
     )
 
 
+def qwen2_moe(vocabulary: int, end: int) -> Qwen2MoeConfig:
+    return Qwen2MoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=128,
+        num_experts=32,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+
+
+CONFIGS: dict[str, Callable[[int, int], PreTrainedConfig]] = {
+    "deepseek_v2": deepseek_v2,
+    "qwen2_moe": qwen2_moe,
+}
+
+
 def step(
     model: PreTrainedModel,
     optimiser: torch.optim.Optimizer,
     routers: list[tuple[torch.Tensor, torch.Tensor]],
     tokens: torch.Tensor,
+    dtype: torch.dtype,
 ) -> float:
     routers.clear()
-    with torch.autocast(tokens.device.type, torch.bfloat16):
+    with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
         loss = language_model_loss(model, tokens)
     unbalance = sum(balance_loss(*router) for router in routers)
     (loss + 0.02 * unbalance).backward()
@@ -84,6 +122,7 @@ def main() -> None:
     parser.add_argument("corpus", type=Path, help="from m2d demo corpus")
     parser.add_argument("tokenizer", type=Path, help="the demo teacher's folder")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--kind", choices=CONFIGS, default="deepseek_v2")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -92,8 +131,9 @@ def main() -> None:
     lines = (args.corpus / "train.jsonl").read_text(encoding="utf-8").splitlines()
     documents = encode(tokenizer, [json.loads(line)["text"] for line in lines])
     torch.manual_seed(0)
-    own = config(len(tokenizer), tokenizer.eos_token_id)
-    model = DeepseekV2ForCausalLM._from_config(own, experts_implementation="grouped_mm").train()
+    own = CONFIGS[args.kind](len(tokenizer), tokenizer.eos_token_id)
+    model = AutoModelForCausalLM.from_config(own, experts_implementation="grouped_mm").train()
+    dtype = compute_dtype(AUTO, torch.bfloat16, torch.device(args.device))
     model.to(args.device)
     for name, parameter in model.named_parameters():
         if name.endswith(".gate.weight"):  # the class begins with zeros, which rank no experts
@@ -115,9 +155,9 @@ def main() -> None:
             paced = time.monotonic()
         for group in optimiser.param_groups:
             group["lr"] = args.learning_rate * schedule(number, steps)
-        loss = step(model, optimiser, routers, tokens.to(args.device))
+        loss = step(model, optimiser, routers, tokens.to(args.device), dtype)
         mean = 0.95 * mean + 0.05 * loss if number else loss
-        if number % 100 == 99:
+        if number % 20 == 19:
             spent = time.monotonic() - start
             print(f"step {number + 1}/{steps}, loss {mean:.3f}, {spent:.0f} s", flush=True)
     model.cpu()

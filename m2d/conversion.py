@@ -189,7 +189,7 @@ def convert(
         layers = collect(stream, input_ids, batch, greedy, folds=folds, keep=keep_pass)
         plan = neuron_plan(layers, neurons, how.choice)
     else:
-        if how.scaling is None and any(fold.folds for fold in (folds or {}).values()):
+        if how.scaling is None and any(f.folds_routed for f in (folds or {}).values()):
             methods["scaling"] = "least_squares"  # m / k is of experts under a router
         keep = keep or groups or opened.top_k
         plan = plan_of_experts(

@@ -15,7 +15,7 @@ import m2d
 from m2d.choose.plan import Group, LayerPlan, Plan
 from m2d.cli import main
 from m2d.errors import UserError
-from m2d.models.folded import read_folds
+from m2d.models.folded import read_folds, with_shared_scales
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import Teacher, open_teacher
 from m2d.refit import fold
@@ -157,9 +157,15 @@ def test_a_folded_student_is_that_of_a_teacher_with_other_gates(
             own[place] += 1.5 * rows[expert]
             if gate_up_bias is not None and bias is not None:
                 gate_up_bias[expert, place] += 1.5 * bias[expert]
+        if (shared := folds[index].shared) is not None:
+            gate = layer.get_submodule(family.shared).gate_proj.weight
+            gate += 1.5 * layer.get_submodule(family.shared_gate).weight
+            assert shared.report.choice == "fixed"
     model.save_pretrained(tmp_path / "edited")
     edited = open_teacher(tmp_path / "edited")
-    expected = write_student(edited, a_plan(edited), tmp_path / "e")
+    plan = with_shared_scales(a_plan(edited), folds)
+    assert all((fold.shared is None) == (family.shared_gate is None) for fold in folds.values())
+    expected = write_student(edited, plan, tmp_path / "e")
     ours, theirs = (load_file(f / "model.safetensors") for f in (student, expected))
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():

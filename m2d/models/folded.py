@@ -3,16 +3,18 @@
 In the teacher a neuron counts times its expert's routing weight w_e(x), which depends on the token;
 in a dense student it counts times a constant. Most of that dependence fits into the stock weights:
 the gate row g_ej becomes g_ej + alpha_ej a_e, with a_e the direction in which the expert's router
-logit rises above the others'. Not of the paper; docs/beyond.md has the mathematics.
+logit rises above the others'. The gate of a shared expert, sigmoid(v x), goes into that expert's
+own gate rows likewise, with v for a_e. Not of the paper; docs/beyond.md has the mathematics.
 
 The file is safetensors, float32, per layer i: layers.{i}.alpha [E, I], .rows [E, H], .offset [E],
-.shift [E, I] and .scale [E]; its metadata key "m2d" is as in the Gram statistics, with the layers'
-R2. Shapes: N tokens, E routed experts, I an expert's intermediate size, H hidden size.
+.shift [E, I] and .scale [E]; of a shared expert with a gate the same with E = 1, under the names
+layers.{i}.shared.alpha and so on. Its metadata key "m2d" is as in the Gram statistics, with the
+layers' R2. Shapes: N tokens, E routed experts, I an expert's intermediate size, H hidden size.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m2d.artifacts import atomic_path, reading
+from m2d.choose.plan import Plan
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.fingerprint import require_teacher
@@ -64,11 +67,18 @@ class LayerFold:
     """[E, I]: also added to the gate's bias; 0 without one."""
     scale: Tensor
     """[E]: with which a folded expert's output best stands for its routed output."""
+    shared: "LayerFold | None" = None
+    """Of a shared expert with a gate: one expert, whose row is the gate's."""
+
+    @property
+    def folds_routed(self) -> bool:
+        """Whether the routed experts change."""
+        return self.report.choice != "none"
 
     @property
     def folds(self) -> bool:
         """Whether anything changes."""
-        return self.report.choice != "none"
+        return self.folds_routed or (self.shared is not None and self.shared.folds)
 
     def gate(self, expert: int, gate_proj: Tensor) -> Tensor:
         """The folded gate projection [I, H], in its own dtype."""
@@ -82,7 +92,7 @@ class LayerFold:
 
     def experts(self, experts: StackedExperts) -> StackedExperts:
         """The routed experts with folded gates; `experts` themselves where nothing changes."""
-        if not self.folds:
+        if not self.folds_routed:
             return experts
         width = experts.down_proj.shape[2]
         gate_up = experts.gate_up_proj.detach().clone()
@@ -105,9 +115,9 @@ Folds = Mapping[int, LayerFold]
 def write_folds(path: str | Path, folds: Folds, metadata: dict[str, Any]) -> None:
     """Write the file; see the module's docstring."""
     tensors = {
-        f"layers.{i}.{part}": getattr(fold, part).float().contiguous()
+        f"layers.{i}.{part}": tensor.float().contiguous()
         for i, fold in folds.items()
-        for part in PARTS
+        for part, tensor in tensors_of(fold).items()
     }
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     require_finite_arrays(path, arrays)
@@ -127,13 +137,13 @@ def read_folds(path: str | Path) -> tuple[dict[int, LayerFold], dict[str, Any]]:
             raise UserError(f"{path}: format {metadata.get('format')!r}; {FORMAT} is read")
         arrays = {n: file.get_tensor(n).numpy() for n in file.keys()}  # noqa: SIM118
         require_digest(path, arrays, metadata)
-        found = [FoldReport(**report) for report in metadata["layers"]]
-        folds = {
-            report.layer: LayerFold(
-                report, *(file.get_tensor(f"layers.{report.layer}.{part}") for part in PARTS)
-            )
-            for report in found
-        }
+        folds = {}
+        for report in metadata["layers"]:
+            before = f"layers.{report['layer']}."
+            own = {
+                n.removeprefix(before): file.get_tensor(n) for n in arrays if n.startswith(before)
+            }
+            folds[report["layer"]] = fold_of(report, own)
     return folds, metadata
 
 
@@ -147,7 +157,9 @@ def folds_of(teacher: Teacher, path: str | Path) -> tuple[dict[int, LayerFold], 
     require_teacher([(str(path), found)], teacher.fingerprint, teacher.name)
     shape = (teacher.num_experts, teacher.expert_width)
     fits = all(
-        fold.alpha.shape == shape and fold.rows.shape[1] == teacher.config.hidden_size
+        fold.alpha.shape == shape
+        and fold.rows.shape[1] == teacher.config.hidden_size
+        and (fold.shared is not None) == bool(teacher.family.shared_gate)
         for fold in folds.values()
     )
     if sorted(folds) != sorted(teacher.moe_layers) or not fits:
@@ -157,4 +169,41 @@ def folds_of(teacher: Teacher, path: str | Path) -> tuple[dict[int, LayerFold], 
 
 def reports(folds: Folds) -> list[dict[str, Any]]:
     """What m2d.json says of each layer."""
-    return [asdict(fold.report) for fold in folds.values()]
+    return [report_of(fold) for fold in folds.values()]
+
+
+def report_of(fold: LayerFold) -> dict[str, Any]:
+    """What m2d.json says of a layer, with what it says of the shared expert."""
+    shared = {} if fold.shared is None else {"shared": asdict(fold.shared.report)}
+    return asdict(fold.report) | shared
+
+
+def tensors_of(fold: LayerFold) -> dict[str, Tensor]:
+    """A layer's tensors by the names that they have in a file."""
+    found = {part: getattr(fold, part) for part in PARTS}
+    if fold.shared is not None:
+        found |= {f"shared.{part}": getattr(fold.shared, part) for part in PARTS}
+    return found
+
+
+def fold_of(report: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerFold:
+    """The layer of which `report_of` and `tensors_of` have told."""
+    own = {key: value for key, value in report.items() if key != "shared"}
+    shared = None
+    parts: dict[str, Any]
+    if "shared" in report:
+        parts = {part: tensors[f"shared.{part}"] for part in PARTS}
+        shared = LayerFold(FoldReport(**report["shared"]), **parts)
+    parts = {part: tensors[part] for part in PARTS}
+    return LayerFold(FoldReport(**own), **parts, shared=shared)
+
+
+def with_shared_scales(plan: Plan, folds: Folds) -> Plan:
+    """The plan with the constants that suit folded shared experts, in place of their mean gates."""
+    layers = []
+    for layer in plan.layers:
+        fold = folds.get(layer.layer)
+        if fold is not None and fold.shared is not None and fold.shared.folds:
+            layer = replace(layer, shared_scale=float(fold.shared.scale))
+        layers.append(layer)
+    return replace(plan, layers=tuple(layers))

@@ -28,6 +28,8 @@ class RouterRows(nn.Module):
         own may come before it."""
         self.shared_gate: Tensor | None = None
         """[1, H]: of the shared expert, where it has one."""
+        self.shared_expert: nn.Module | None = None
+        """The shared expert itself, where it has a gate."""
 
 
 def routed_rows(router: nn.Module, num_experts: int) -> RouterRows:

@@ -211,7 +211,8 @@ class StreamedTeacher:
         module = layer.get_submodule(family.router)
         router = routed_rows(module, self.teacher.num_experts)
         assert isinstance(experts, StackedExperts)
-        if family.shared_gate:
+        if family.shared_gate and family.shared:
+            router.shared_expert = layer.get_submodule(family.shared)
             router.shared_gate = cast(Tensor, layer.get_submodule(family.shared_gate).weight)
 
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:

@@ -3,14 +3,16 @@
 One pass of calibration tokens through the teacher. For every neuron, t = w_e h_j is what it gives
 in the teacher (0 where its expert is not selected), and f what the folded neuron gives on every
 token. Whatever alpha is, the best constant scale and the error that it leaves follow from the sums
-of t f, f f and t t. Shapes: N tokens, E routed experts, I an expert's intermediate size, H hidden
-size, C candidates.
+of t f, f f and t t. A shared expert whose gate sigmoid(v x) depends on the token is folded in the
+same way, as one expert that every token takes, with v in the place of the router's row.
+
+Shapes: N tokens, E routed experts, I an expert's intermediate size, H hidden size, C candidates.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +24,18 @@ from torch.nn import functional
 from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
-from m2d.models.folded import PARTS, FoldReport, LayerFold, reports, write_folds
+from m2d.models.folded import (
+    PARTS,
+    FoldReport,
+    LayerFold,
+    fold_of,
+    report_of,
+    reports,
+    tensors_of,
+    write_folds,
+)
 from m2d.models.resume import Keeper, identity, keeper, remove_kept
+from m2d.models.routers import RouterRows
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
 from m2d.options import add_compute_options, number
@@ -34,6 +46,7 @@ from m2d.tokens.files import read_tokens
 
 ALPHAS = (0.5, 1.0, 1.5, 2.0, 3.0)
 SHIFTS = (0.0, -1.0, -2.0)  # of the gate's bias, in families that have one
+SHARED_ALPHAS = (0.25, *ALPHAS)  # of a shared expert's gate, which never closes altogether
 LEAST_GAIN = 1e-3  # of a layer's R2; less is noise
 MODES = ("fixed", "layer", "neuron")
 
@@ -60,6 +73,12 @@ def candidates_for(mode: str, alpha: float, kind: str, biases: bool) -> list[Can
     shifts = SHIFTS if biases and mode != "fixed" else (0.0,)
     centred = (True, False) if kind == "sigmoid" else (True,)
     return [UNFOLDED] + [Candidate(a, s, c) for c in centred for a in alphas for s in shifts if a]
+
+
+def candidates_of_shared(mode: str, alpha: float) -> list[Candidate]:
+    """The same for a shared expert's gate, a sigmoid of one number."""
+    alphas = (alpha,) if mode == "fixed" else SHARED_ALPHAS
+    return [UNFOLDED] + [Candidate(a, centred=False) for a in alphas if a]
 
 
 @dataclass
@@ -108,6 +127,7 @@ class FoldTotals:
         self.mode, self.alpha, self.kind, self.float32 = mode, alpha, kind, float32
         self.folds: dict[int, LayerFold] = {}
         self.parts: tuple[FoldSums, FoldSums] | None = None  # to fit, held out
+        self.shared: tuple[FoldSums, FoldSums] | None = None  # the same of the shared expert
         self.seen = 0
         self.quiet = False
 
@@ -143,32 +163,65 @@ class FoldTotals:
             target = found[0] * dense[:, expert, None]
             for part, chosen in zip(self.parts, (~held_out, held_out), strict=True):
                 part.add(expert, target[chosen], [f[chosen] for f in found])
+        if isinstance(router, RouterRows) and router.shared_gate is not None:
+            self.add_shared(router, experts, hidden, held_out)
         self.seen += len(hidden)
         if self.seen == len(self.held_out):  # the layer is through
             energy = experts.down_proj[:count].float().square().sum(1)
             fit, judge = self.parts
             self.finish(layer, candidates, fit, judge, energy.double())
             fold = choose_fold(layer, self.mode, candidates, fit, judge, energy.double())
-            rows, offset = (part.cpu() for part in routes[0 if fold.report.centred else 1])
-            self.folds[layer] = LayerFold(
-                fold.report, fold.alpha.cpu().float(), rows, offset,
-                fold.shift.cpu().float(), fold.scale.cpu().float(),
-            )  # fmt: skip
-            self.parts, self.seen = None, 0
+            rows, offset = routes[0 if fold.report.centred else 1]
+            shared = self.fold_of_shared(layer, router)
+            self.folds[layer] = as_layer_fold(fold, rows, offset, shared)
+            self.parts, self.shared, self.seen = None, None, 0
             if not self.quiet:
-                say(describe(fold.report))
+                say(describe(self.folds[layer]))
+
+    def add_shared(
+        self, router: RouterRows, experts: StackedExperts, hidden: Tensor, held_out: Tensor
+    ) -> None:
+        """Add a batch's tokens to the sums of the shared expert."""
+        assert router.shared_gate is not None
+        halves = [projection.weight.to(hidden.dtype) for projection in projections_of(router)[:2]]
+        gate_up = functional.linear(hidden, torch.cat(halves)).float()
+        width = gate_up.shape[1] // 2
+        logit = functional.linear(hidden.float(), router.shared_gate.float())  # [N, 1]
+        candidates = candidates_of_shared(self.mode, self.alpha)
+        if self.shared is None:
+            sizes = (len(candidates), 1, width, hidden.device)
+            self.shared = (FoldSums.zero(*sizes), FoldSums.zero(*sizes))
+        found = []
+        for candidate in candidates:
+            moved = gate_up.clone()
+            moved[:, :width] += candidate.alpha * logit
+            found.append(experts.glu(moved))
+        target = found[0] * logit.sigmoid()
+        for part, chosen in zip(self.shared, (~held_out, held_out), strict=True):
+            part.add(0, target[chosen], [f[chosen] for f in found])
+
+    def fold_of_shared(self, layer: int, router: nn.Module) -> LayerFold | None:
+        """The shared expert's fold, where it has a gate."""
+        if self.shared is None:
+            return None
+        assert isinstance(router, RouterRows)
+        assert router.shared_gate is not None
+        energy = projections_of(router)[2].weight.double().square().sum(0)[None]
+        candidates = candidates_of_shared(self.mode, self.alpha)
+        fold = choose_fold(layer, self.mode, candidates, *self.shared, energy)
+        row = router.shared_gate.detach().float()
+        return as_layer_fold(fold, row, row.new_zeros(1))
 
     def state(self, layer: int) -> dict[str, Any]:
         """A layer's fold (m2d.models.resume.Totals)."""
         fold = self.folds[layer]
-        report = np.frombuffer(json.dumps(asdict(fold.report)).encode(), np.uint8)
-        return {"report": report} | {part: getattr(fold, part).numpy() for part in PARTS}
+        report = np.frombuffer(json.dumps(report_of(fold)).encode(), np.uint8)
+        return {"report": report} | {n: tensor.numpy() for n, tensor in tensors_of(fold).items()}
 
     def restore(self, layer: int, state: dict[str, Any]) -> None:
         """A layer's fold as `state` gave it."""
-        report = FoldReport(**json.loads(state["report"].tobytes()))
-        tensors = (torch.from_numpy(state[part]) for part in PARTS)
-        self.folds[layer] = LayerFold(report, *tensors)
+        tensors = {n: torch.from_numpy(array) for n, array in state.items() if n != "report"}
+        self.folds[layer] = fold_of(json.loads(state["report"].tobytes()), tensors)
 
     def finish(
         self,
@@ -179,6 +232,13 @@ class FoldTotals:
         energy: Tensor,
     ) -> None:
         """Called with a layer's sums once they are whole; `m2d fold-report` looks at them here."""
+
+
+def projections_of(router: RouterRows) -> list[nn.Linear]:
+    """The shared expert's gate, up and down projection."""
+    assert router.shared_expert is not None
+    names = ("gate_proj", "up_proj", "down_proj")
+    return [cast(nn.Linear, router.shared_expert.get_submodule(name)) for name in names]
 
 
 def router_directions(router: nn.Module, centred: bool) -> tuple[Tensor, Tensor]:
@@ -197,6 +257,15 @@ class Choice:
     alpha: Tensor
     shift: Tensor
     scale: Tensor
+
+
+def as_layer_fold(
+    choice: Choice, rows: Tensor, offset: Tensor, shared: LayerFold | None = None
+) -> LayerFold:
+    """The fold with the router's rows [E, H] and offset [E]; float32, on the CPU."""
+    parts = dict(zip(PARTS, (choice.alpha, rows, offset, choice.shift, choice.scale), strict=True))
+    own: dict[str, Any] = {name: tensor.cpu().float() for name, tensor in parts.items()}
+    return LayerFold(choice.report, **own, shared=shared)
 
 
 def choose_fold(
@@ -288,12 +357,19 @@ def collect_folds(
     return totals.folds
 
 
-def describe(report: FoldReport) -> str:
+def describe(fold: LayerFold) -> str:
     """One line on a layer."""
+    parts = [_describe(fold.report)]
+    if fold.shared is not None:
+        parts.append(f"shared expert: {_describe(fold.shared.report)}")
+    return f"layer {fold.report.layer}: {'; '.join(parts)}"
+
+
+def _describe(report: FoldReport) -> str:
     if report.choice == "none":
-        return f"layer {report.layer}: R2 {report.r2_before:.3f}, left as it is"
+        return f"R2 {report.r2_before:.3f}, left as it is"
     return (
-        f"layer {report.layer}: R2 {report.r2_before:.3f} -> {report.r2_after:.3f}, "
+        f"R2 {report.r2_before:.3f} -> {report.r2_after:.3f}, "
         f"alpha {report.alpha:.2f} ({report.choice})"
     )
 

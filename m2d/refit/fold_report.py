@@ -28,6 +28,7 @@ from m2d.refit.fold import (
 from m2d.tokens.files import read_tokens
 
 WAYS = ("unfolded", "alpha 1", "per layer", "per neuron")
+SHARED_WAYS = ("shared, unfolded", "shared, per neuron")
 
 
 class FoldTable(FoldTotals):
@@ -58,7 +59,7 @@ class FoldTable(FoldTotals):
 def fold_table(stream: StreamedTeacher, tokens: Tensor, batch: int) -> list[dict[str, Any]]:
     """A row per MoE layer: its index, R2 of each of WAYS on held-out tokens, the layer's alpha.
 
-    Raises UserError for fewer than 2 sequences.
+    And R2 of SHARED_WAYS where a shared expert has a gate of its own. Raises UserError for fewer than 2 sequences.
     """
     family = stream.teacher.family
     held_out = splits_for(tokens)
@@ -67,6 +68,11 @@ def fold_table(stream: StreamedTeacher, tokens: Tensor, batch: int) -> list[dict
     )
     totals.quiet = True
     stream.run(tokens, batch, totals.visit, "fold-report, layers")
+    for row in totals.rows:
+        shared = totals.folds[row["layer"]].shared
+        if shared is not None:
+            found = (shared.report.r2_before, shared.report.r2_after)
+            row |= dict(zip(SHARED_WAYS, found, strict=True))
     return totals.rows
 
 
@@ -84,6 +90,9 @@ def table_text(rows: Sequence[dict[str, Any]]) -> str:
         f"{means['alpha 1']:.3f}, per neuron {means['per neuron']:.3f} (share of the routed "
         "neurons' output that a neuron with a constant scale reproduces, on held-out tokens)"
     )
+    if SHARED_WAYS[0] in rows[0]:
+        before, after = (sum(row[way] for row in rows) / len(rows) for way in SHARED_WAYS)
+        lines.append(f"the shared expert's gate: R2 {before:.3f} -> {after:.3f} per neuron")
     return "\n".join(lines)
 
 

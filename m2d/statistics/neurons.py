@@ -205,7 +205,7 @@ def collect(
     stream.run(tokens, batch, totals.visit, "neurons, layers", keep and keep("neurons", totals))
     layers = totals.result()
     for i, fold in (folds or {}).items():
-        if fold.folds:
+        if fold.folds_routed:
             layers[i] = replace(layers[i], mean_weight=fold.scale.double().numpy())
     if greedy is not None:
         count = min(candidates or CANDIDATES_PER_NEURON * greedy, available)

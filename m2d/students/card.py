@@ -17,6 +17,7 @@ from m2d.students.record import (
     AlignPart,
     BaselinePart,
     DistillationPart,
+    FoldedLayer,
     FoldPart,
     PlanPart,
     RefitPart,
@@ -190,14 +191,21 @@ def _refit(refit: RefitPart | None) -> str:
 def _fold(fold: FoldPart | None) -> str:
     if fold is None or not fold.layers:
         return ""
-    count = len(fold.layers)
-    folded = sum(layer.choice != "none" for layer in fold.layers)
-    before = sum(layer.r2_before for layer in fold.layers) / count
-    after = sum(layer.r2_after for layer in fold.layers) / count
+    told = _folded("the router's rows into the gate projections", "under the router", fold.layers)
+    shared = [layer.shared for layer in fold.layers if layer.shared is not None]
+    if shared:
+        told += _folded("the shared expert's gate into its gate projection", "under it", shared)
+    return told
+
+
+def _folded(what: str, under: str, layers: list[FoldedLayer]) -> str:
+    count = len(layers)
+    folded = sum(layer.choice != "none" for layer in layers)
+    before = sum(layer.r2_before for layer in layers) / count
+    after = sum(layer.r2_after for layer in layers) / count
     return (
-        f"- Folded: the router's rows into the gate projections of {folded} of {count} "
-        "layers. On held-out tokens a neuron with a constant scale reproduces "
-        f"{after:.0%} of what it gives under the router, {before:.0%} unfolded.\n"
+        f"- Folded: {what} of {folded} of {count} layers. On held-out tokens a neuron with a "
+        f"constant scale reproduces {after:.0%} of what it gives {under}, {before:.0%} unfolded.\n"
     )
 
 

@@ -23,7 +23,7 @@ from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Content, Spec, write_checkpoint
 from m2d.models.entries import Entry
 from m2d.models.fingerprint import marks_of, require_teacher
-from m2d.models.folded import Folds, folds_of
+from m2d.models.folded import Folds, folds_of, with_shared_scales
 from m2d.models.hub import licence_of, revision_of
 from m2d.models.teacher import Teacher, count_parameters, open_teacher
 from m2d.options import DTYPES, add_student_options, positive
@@ -63,6 +63,7 @@ def write_student(
     Raises UserError where `out` exists, or the teacher's files lack what the plan needs.
     """
     require_absent(out)
+    plan = with_shared_scales(plan, folds or {})
     raw, skeleton = build_student_skeleton(teacher, plan_width(teacher, plan))
     if dtype is not None:
         raw = {k: v for k, v in raw.items() if k != "torch_dtype"}

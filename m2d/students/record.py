@@ -81,6 +81,8 @@ class FoldedLayer(Part):
     choice: str
     r2_before: float
     r2_after: float
+    shared: "FoldedLayer | None" = None
+    """Of a shared expert with a gate of its own."""
 
 
 class FoldPart(Part):

@@ -387,6 +387,9 @@ class StudentTensors:
         if part == "down_proj.bias":
             return merge_down_bias(read, layer, 1 / factor)
         shared = [self.read(name) for name in self._shared(layer.layer, part)]
+        fold = self.folds.get(layer.layer)
+        if fold is not None and fold.shared is not None and part == "gate_proj":
+            shared = [fold.shared.gate(0, tensor) for tensor in shared]
         if part == "down_proj" and not family.scales_input:
             merged = list(merge_down(read, layer, 1 / factor))
             shared = [tensor * layer.shared_scale for tensor in shared]
