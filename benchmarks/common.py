@@ -24,8 +24,8 @@ import torch
 from m2d.artifacts import atomic_path
 from m2d.devices import LIMITS, compute_dtype, cpu_capabilities, dtype_name
 from m2d.models.checkpoint import INDEX_NAME, Spec, write_safetensors
+from m2d.models.student import stored_shapes
 from m2d.models.teacher import make_skeleton, read_config
-from m2d.students.tensors import stored_shapes
 
 LAYER_SHAPE = {
     "architectures": ["Qwen3MoeForCausalLM"],

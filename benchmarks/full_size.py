@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from m2d.artifacts import atomic_path, read_json, write_json
 from m2d.devices import compute_dtype, product_seconds
 from m2d.models.checkpoint import INDEX_NAME, plan_shards, write_safetensors
+from m2d.models.student import stored_shapes
 from m2d.models.teacher import make_skeleton, open_teacher, read_config
 from m2d.pipeline import resources
 from m2d.pipeline.schema import HardwareSettings
-from m2d.students.tensors import stored_shapes
 
 LAYERS, VOCABULARY, SHARD_BYTES = 48, 151_936, 4_000_000_000
 WHOLE_NEEDS, LAYER_NEEDS = 75e9, 1.5e9  # bytes of disk

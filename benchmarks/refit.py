@@ -26,7 +26,8 @@ from merge import plan_for
 from m2d.choose.plan import plan_from_dict
 from m2d.models.teacher import open_teacher
 from m2d.refit.refit import refit, refit_record, write_refitted
-from m2d.refit.ridge import Moments, solve_ridge
+from m2d.refit.ridge import solve_ridge
+from m2d.statistics.moments import Moments
 from m2d.students.merge import write_student
 
 WIDTH, HIDDEN = 6144, 2048

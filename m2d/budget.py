@@ -19,17 +19,16 @@ from torch import Tensor, nn
 
 from m2d.artifacts import make_own_folder, read_json, reading, write_json
 from m2d.choose.neurons import top_neurons
-from m2d.claims import CHOSEN
 from m2d.errors import UserError
 from m2d.models.resume import identity, kept_folder
 from m2d.models.routers import routed_rows
 from m2d.models.teacher import Teacher
 from m2d.progress import say
 from m2d.recipes import Conversion
-from m2d.refit.align import AlignSettings, Examples, train_block
 from m2d.refit.fold import FoldTotals
 from m2d.refit.halves import SteppedModel
 from m2d.refit.ridge import RIDGES
+from m2d.refit.training import AlignSettings, Examples, train_block
 from m2d.statistics.gram import GramTotals
 from m2d.statistics.neurons import CANDIDATES_PER_NEURON, CandidateMoments, NeuronTotals, score_of
 from m2d.statistics.routing import RoutingTotals
@@ -44,6 +43,7 @@ PACE = (0.5, 4.0)  # how far off a probe is taken to be
 PASSES = 8  # of alignment over the calibration tokens
 STEPS = (40, 320)  # least and most of alignment; more hardly helps
 MOST_TOKENS = 2**20  # the paper's calibration
+CHOSEN = "budget.json"  # what was planned, where passes are kept (m2d.models.resume)
 MATRIX = 1024  # widest matrix that is solved for timing
 
 

@@ -23,10 +23,6 @@ from m2d.errors import UserError
 
 # Beside an output NAME lie hidden files with longer names while it is made.
 ROOM_IN_NAME = 48
-# What a pass that goes on after a kill has finished, in `.NAME.layers-*` beside its output.
-FINISHED = "finished.json"
-# What `--budget` has chosen, there too.
-CHOSEN = "budget.json"
 # Commands that write a folder; one that must be new, and one that is added to or renewed. All
 # others write a file.
 NEW_FOLDERS = ("convert", "merge", "prune", "baseline", "refit", "align", "distill")
@@ -136,9 +132,10 @@ def claim(out: str | Path, part: str = "") -> Iterator[None]:
         with contextlib.suppress(OSError):
             lock.unlink()
         os.close(descriptor)
-        # Passes that ended before there was anything to go on from (m2d.models.resume).
+        # Passes that go on after a kill say how far they came in a file (m2d.models.resume); those
+        # that ended before there was anything to go on from have none.
         for folder in [] if part else out.parent.glob(f".{escape(out.name)}.layers-*"):
-            if not any((folder / name).exists() for name in (FINISHED, CHOSEN)):
+            if not any(folder.glob("[!.]*.json")):
                 shutil.rmtree(folder, ignore_errors=True)
         for folder in made:  # those that stayed empty, deepest first
             with contextlib.suppress(OSError):

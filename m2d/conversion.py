@@ -23,6 +23,7 @@ from m2d.models.folded import Folds
 from m2d.models.resume import Keeper, Kept, Together, identity, keeper, remove_kept
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import STUDENT_CLASSES, Teacher, open_teacher
+from m2d.models.widths import add_groups_option, add_width_options, chosen_width
 from m2d.options import AUTO, add_compute_options, add_student_options, number, positive
 from m2d.progress import say
 from m2d.recipes import RECIPES, settled
@@ -34,7 +35,6 @@ from m2d.statistics.gram import GramTotals
 from m2d.statistics.neurons import collect
 from m2d.statistics.routing import RoutingTotals
 from m2d.students.merge import write_student
-from m2d.students.widths import add_groups_option, add_width_options, chosen_width
 from m2d.tokens.encode import BOS
 from m2d.tokens.files import cut_to, read_tokens
 from m2d.tokens.tokenize import add_text_options, tokens_from

@@ -7,6 +7,7 @@ from typing import Any
 from m2d.errors import UserError
 from m2d.footprint import as_lines, footprint, size
 from m2d.models.skeleton import text_key
+from m2d.models.student import build_student_skeleton, stored_shapes, student_width
 from m2d.models.teacher import (
     Teacher,
     count_parameters,
@@ -18,11 +19,10 @@ from m2d.models.teacher import (
     open_teacher,
     read_config,
 )
+from m2d.models.widths import add_width_options, chosen_width
 from m2d.options import add_student_options, positive
 from m2d.statistics.gram import CHUNK_BYTES
 from m2d.students.grid import paper_keeps
-from m2d.students.tensors import build_student_skeleton, stored_shapes, student_width
-from m2d.students.widths import add_width_options, chosen_width
 
 # The interpreter and its libraries.
 BASE_BYTES = 600_000_000

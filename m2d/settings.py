@@ -80,7 +80,6 @@ Seed = Annotated[int, Number, Field(ge=0, le=LARGEST_SEED)]
 Positive = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Number, Field(ge=0, le=1, allow_inf_nan=False)]
-Dtype = Literal["float32", "bfloat16", "float16"]
 # auto: the checkpoint's where the device is fast in it, else float32 (m2d/devices.py)
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 

@@ -17,6 +17,7 @@ from m2d.cli import main
 from m2d.errors import UserError
 from m2d.models.teacher import open_teacher
 from m2d.refit import align as module
+from m2d.refit import training
 from m2d.refit.align import AlignSettings, align, align_student
 from m2d.refit.muon import Muon, orthogonalise
 
@@ -52,14 +53,14 @@ def test_a_layer_is_trained_as_a_plain_loop_would(
     optimiser: str, student: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[dict[str, torch.Tensor]] = []
-    own = module.train_block
+    own = training.train_block
 
     def keep(*args):  # type: ignore[no-untyped-def]
         block = own(*args)
         trained.append({n: p.detach().clone() for n, p in block.named_parameters()})
         return block
 
-    monkeypatch.setattr(module, "train_block", keep)
+    monkeypatch.setattr(training, "train_block", keep)
     tokens = 21 * 16  # all that are not held out, so that their order does not matter
     settings = AlignSettings(steps=4, tokens=tokens, optimiser=optimiser, learning_rate=0.1)
     align(open_teacher(tiny_teacher), student, TOKENS, settings, **OPTIONS)

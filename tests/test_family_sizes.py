@@ -15,9 +15,10 @@ from m2d.inspect import inspect
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.entries import CODES
 from m2d.models.skeleton import experts_modules, layers_of
+from m2d.models.student import build_student_skeleton, stored_shapes
 from m2d.models.teacher import open_teacher
 from m2d.students.merge import plan_width
-from m2d.students.tensors import StudentTensors, build_student_skeleton, stored_shapes
+from m2d.students.tensors import StudentTensors
 
 QWEN3_30B_A3B: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False,

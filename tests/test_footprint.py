@@ -10,8 +10,8 @@ import pytest
 from m2d.cli import main
 from m2d.footprint import footprint, kv_cache_bytes, values_per_token
 from m2d.inspect import inspect
+from m2d.models.student import build_student_skeleton, stored_shapes
 from m2d.models.teacher import open_teacher, read_config
-from m2d.students.tensors import build_student_skeleton, stored_shapes
 
 SIZES = Path(__file__).parents[1] / "workflow" / "resources" / "sizes"
 

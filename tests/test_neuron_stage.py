@@ -20,8 +20,8 @@ from m2d.errors import UserError
 from m2d.inspect import inspect
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import count_parameters, open_teacher
+from m2d.models.widths import chosen_width, number_of_parameters, parameters_of, width_for
 from m2d.statistics.neurons import collect, read_neurons, write_neurons
-from m2d.students.widths import chosen_width, number_of_parameters, parameters_of, width_for
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(3))
 EXPERTS, WIDTH, TOP_K, HIDDEN = 8, 16, 2, 32  # of conftest's teacher

@@ -5,16 +5,15 @@ import pytest
 import torch
 
 from m2d.errors import UserError
-from m2d.refit.ridge import (
-    Moments,
-    choose_ridge,
-    refit_down,
-    solve_ridge,
-    squared_error,
-    with_ones,
-)
+from m2d.refit.ridge import choose_ridge, refit_down, solve_ridge, squared_error
+from m2d.statistics.moments import Moments
 
 WIDTH, HIDDEN = 6, 4
+
+
+def with_ones(h):
+    """h [T, W] and a last column of ones, so that D's last row is the bias."""
+    return torch.cat([h, h.new_ones(len(h), 1)], dim=1)
 
 
 def tokens(count, seed=0, noise=0.1, dtype=torch.float64):

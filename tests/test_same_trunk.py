@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import m2d
 from m2d.errors import UserError
+from m2d.models.student import build_student_skeleton
 from m2d.models.teacher import open_teacher
 from m2d.students.same_trunk import check_trunk
-from m2d.students.tensors import build_student_skeleton
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 

@@ -184,7 +184,7 @@ def edited(project: Path, file: str, before: str, after: str) -> None:
 # Edits that cannot change an output of `all_wide`, by what they are an example of.
 WITHOUT_EFFECT = {
     "error text": ("m2d/options.py", "is not a whole number", "must be a whole number"),
-    "error text of a stage": ("m2d/students/widths.py", "raise UserError(", 'raise UserError("!"'),
+    "error text of a stage": ("m2d/models/widths.py", "raise UserError(", 'raise UserError("!"'),
     "log text": ("m2d/distill/run.py", "going on from", "continuing from"),
     "progress text": ("m2d/students/merge.py", '"writing, tensors"', '"tensors written"'),
     "help text": ("m2d/students/merge.py", 'help="the folder to write"', 'help="where to"'),
@@ -355,7 +355,7 @@ def test_broken_scoring_method_costs_its_ranking_only(
 
 
 def test_stage_edit_reruns_that_stage_and_what_follows(project: Path, run: Callable) -> None:
-    edit_function(project / "m2d/students/tensors.py", "student_width", same_ranking)
+    edit_function(project / "m2d/models/student.py", "student_width", same_ranking)
     jobs = run("--dry-run")
     assert {"merge_student student=sf", "measure_grid scoring=reap", *TABLES} <= set(jobs)
     assert not [job for job in jobs if job.split()[0].startswith(("compute", "rank", "make_tok"))]

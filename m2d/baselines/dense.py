@@ -19,6 +19,7 @@ from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family
 from m2d.models.hub import name_of
 from m2d.models.sibling import set_key
+from m2d.models.student import NEVER_INHERITED, stored_shapes
 from m2d.models.teacher import (
     Teacher,
     check_weights,
@@ -26,7 +27,6 @@ from m2d.models.teacher import (
     make_skeleton,
     read_config,
 )
-from m2d.students.tensors import NEVER_INHERITED, stored_shapes
 
 DENSE = {
     "qwen3": "Qwen3ForCausalLM",

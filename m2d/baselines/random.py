@@ -18,11 +18,12 @@ from m2d.choose.plan import Plan
 from m2d.devices import pick_dtype
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family
+from m2d.models.student import build_student_skeleton, stored_shapes
 from m2d.models.teacher import Teacher, count_parameters, open_teacher
 from m2d.options import DTYPES, add_student_options, seed
 from m2d.progress import say
 from m2d.students.merge import about_models, write_folder
-from m2d.students.tensors import StudentTensors, build_student_skeleton, stored_shapes
+from m2d.students.tensors import StudentTensors
 
 KINDS = ("random_ffn", "random_init")
 

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from m2d import __version__
 from m2d.artifacts import atomic_path, make_own_folder, read_json, reading, sha256_of, write_json
-from m2d.claims import FINISHED
 from m2d.errors import UserError
 from m2d.progress import say
 
 # A layer's end is kept where the last one that was kept is so many seconds ago.
 SECONDS_BETWEEN = 10.0
+
+# Says how far a pass has come, and so that there is something to go on from (m2d.claims).
+FINISHED = "finished.json"
 
 Arrays = dict[str, np.ndarray]
 

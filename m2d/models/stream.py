@@ -92,7 +92,7 @@ class StreamedTeacher:
 
     def _drop_trunk(self) -> None:
         """Free what no layer needs."""
-        _drop(self.model)
+        drop_weights(self.model)
         self.trunk = False
 
     def _read(self, name: str) -> Tensor:
@@ -171,7 +171,7 @@ class StreamedTeacher:
                     hidden.next_layer()
                 hidden[i] = calls.run(layer, index, i, hidden[i])
                 if i == len(batches) - 1:
-                    _drop(layer)
+                    drop_weights(layer)
                     release_freed_memory()
                     # What layers hand on beside hidden states is not kept.
                     if kept is not None and (index == last or not calls.between_layers):
@@ -241,11 +241,11 @@ def _glu_of(teacher: Teacher, layer: nn.Module) -> str | Glu:
     return stock_glu(stock, family)
 
 
-def _drop(layer: nn.Module) -> None:
-    """Free a layer's parameters. Buffers are small, and not all are in the checkpoint."""
-    for module in layer.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+def drop_weights(module: nn.Module) -> None:
+    """Free the parameters in a module. Buffers are small, and not all are in the checkpoint."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def _check_state(

@@ -162,7 +162,8 @@ def resources_of(
 ) -> dict[str, int | str | None]:
     """What a job asks of the queue: gpu, gres, nodes, processes (GPUs a node), mem_mb, runtime.
 
-    The teacher's `resources` (for distillation the recipe's own keys) stand above what sizes say.
+    The teacher's `resources` (for distillation the recipe's own keys) override what follows from
+    sizes.
     Memory (MB, of a node) and run time (minutes) are multiplied by the attempt; a distillation's
     memory is doubled once, and its time is at most `hardware.hours` in each, since it goes on from
     its checkpoint. GPUs of one node are `gpu`; of several nodes, `gres` on each.

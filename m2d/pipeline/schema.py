@@ -1,7 +1,8 @@
 """The keys of the workflow's config, each with its type, default, bounds and meaning.
 
 What one key alone cannot say (names that must exist, K between top-k and experts) is checked in
-m2d/pipeline/settings.py. `python -m m2d.pipeline.schema` prints the JSON schema, for editors.
+m2d/pipeline/settings.py. All keys stand in this one file, however long, so that a reader of a
+config finds each here. `python -m m2d.pipeline.schema` prints the JSON schema, for editors.
 """
 
 import json

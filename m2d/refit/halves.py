@@ -22,7 +22,7 @@ from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
 from m2d.models.fingerprint import noted_teacher, require_teacher
 from m2d.models.sibling import number
-from m2d.models.stream import StreamedTeacher, _drop
+from m2d.models.stream import StreamedTeacher, drop_weights
 from m2d.models.teacher import Teacher, check_weights, make_skeleton, read_config
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative; else 2e-2
@@ -146,7 +146,7 @@ class SteppedModel(StreamedTeacher):
 
     def drop(self, layer: nn.Module) -> None:
         """Free a layer's weights."""
-        _drop(layer)
+        drop_weights(layer)
 
     def call(self, index: int, i: int) -> dict[str, Any]:
         """The arguments that layer `index` has besides the hidden states of batch i."""

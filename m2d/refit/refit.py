@@ -36,8 +36,9 @@ from m2d.refit.halves import (
     residual_multiplier,
     run_halves,
 )
-from m2d.refit.ridge import RIDGES, Moments, refit_down, squared_error
+from m2d.refit.ridge import RIDGES, refit_down, squared_error
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
+from m2d.statistics.moments import Moments
 from m2d.students.rewrite import FeedForward, rewrite_student
 from m2d.tokens.files import read_tokens
 

@@ -37,14 +37,14 @@ from m2d.models.resume import Keeper, identity, keeper, remove_kept
 from m2d.models.routers import shared_weights
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
+from m2d.models.widths import add_width_options, chosen_width
 from m2d.options import add_compute_options, positive
 from m2d.progress import say
-from m2d.refit.ridge import Moments
 from m2d.sealed import digest_of, require_digest, require_finite_arrays
 from m2d.statistics.files import check_format
 from m2d.statistics.identities import require_neurons
+from m2d.statistics.moments import Moments
 from m2d.statistics.routing import provenance
-from m2d.students.widths import add_width_options, chosen_width
 from m2d.tokens.files import read_tokens
 
 FORMAT = 1

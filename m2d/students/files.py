@@ -1,5 +1,6 @@
 """The files of a student's folder beside its weights and its config."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from m2d.errors import UserError
 from m2d.models.hub import other_files
 from m2d.models.schemes import MODELOPT_FILE
 from m2d.progress import say
+from m2d.sealed import digests_in
+from m2d.students.card import model_card
+from m2d.students.record import StudentRecord
 
 # What every writer of a student makes anew.
 WRITTEN_ANEW = ("config.json", "README.md", "m2d.json", "metrics.jsonl")
@@ -68,3 +72,15 @@ def tokenizer_code(folder: Path) -> str | None:
     value = named.get("AutoTokenizer") if isinstance(named, dict) else named
     first = next(filter(None, value), None) if isinstance(value, list) else value
     return str(first) if first and not (folder / "tokenizer.json").is_file() else None
+
+
+def write_record(folder: Path, record: StudentRecord) -> None:
+    """Write m2d.json and README.md into a student's folder that is itself still temporary.
+
+    All its other files must be there, since their digests are written too.
+    """
+    values = record.model_dump(exclude_unset=True, mode="json")
+    values = {"m2d_version": record.m2d_version, **values, "files_sha256": digests_in(folder)}
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    (folder / "m2d.json").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(record), encoding="utf-8")

@@ -30,14 +30,15 @@ from m2d.evaluate.perplexity import digest_of_tokens, loaded_nll, make_result
 from m2d.methods import Table
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.skeleton import move_text, text_paths
+from m2d.models.student import build_student_skeleton, stored_shapes
 from m2d.models.teacher import Teacher, open_teacher
 from m2d.models.widen import held, widen
+from m2d.models.widths import add_groups_option
 from m2d.options import add_compute_options, add_student_options
 from m2d.progress import progress, say
 from m2d.statistics.files import read_layers
 from m2d.students.merge import require_statistics
-from m2d.students.tensors import StudentTensors, build_student_skeleton, stored_shapes
-from m2d.students.widths import add_groups_option
+from m2d.students.tensors import StudentTensors
 from m2d.tokens.files import read_tokens
 
 # Experts are kept in memory up to this share of what is free when the grid starts.

@@ -25,23 +25,19 @@ from m2d.models.entries import Entry
 from m2d.models.fingerprint import marks_of, require_teacher
 from m2d.models.folded import Folds, folds_of, with_shared_scales
 from m2d.models.hub import licence_of, revision_of
+from m2d.models.student import build_student_skeleton, stored_shapes
 from m2d.models.teacher import Teacher, count_parameters, open_teacher
+from m2d.models.widths import add_groups_option, add_width_options, chosen_width
 from m2d.options import DTYPES, add_student_options, positive
 from m2d.progress import progress, say
 from m2d.statistics.files import read_layers, teacher_of
 from m2d.statistics.neurons import read_neurons
-from m2d.students.files import WRITTEN_ANEW, copy_others
-from m2d.students.record import StudentRecord, write_record
+from m2d.students.carried import carried_tensors, dropped_tensors
+from m2d.students.files import WRITTEN_ANEW, copy_others, write_record
+from m2d.students.record import StudentRecord
 from m2d.students.same_trunk import check_trunk
 from m2d.students.spelling import both_spellings
-from m2d.students.tensors import (
-    StudentTensors,
-    build_student_skeleton,
-    carried_tensors,
-    dropped_tensors,
-    stored_shapes,
-)
-from m2d.students.widths import add_groups_option, add_width_options, chosen_width
+from m2d.students.tensors import StudentTensors
 
 
 def plan_width(teacher: Teacher, plan: Plan) -> int:

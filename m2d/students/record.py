@@ -1,11 +1,10 @@
 """A student's m2d.json: what it is and where it came from, as one typed record.
 
-`write_record` is the only writer, of m2d.json and of the model card that follows from it;
-`read_record` the only reader. Sections hold what their stage says of itself: the keys named here,
-which the card and the tables read, and others, such as digests, which are kept as they are.
+`write_record` (m2d/students/files.py) is the only writer, of m2d.json and of the model card that
+follows from it; `read_record` the only reader. Sections hold what their stage says of itself: the
+keys named here, which the card and the tables read, and others, such as digests, which are kept.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from m2d import __version__
 from m2d.artifacts import read_json
 from m2d.errors import UserError
-from m2d.sealed import digests_in
 
 
 class Part(BaseModel):
@@ -168,17 +166,3 @@ def read_record(file: str | Path, *, absent: bool = False) -> StudentRecord:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{file}: not a student's m2d.json ({key}: {first['msg'][:200]})") from None
-
-
-def write_record(folder: Path, record: StudentRecord) -> None:
-    """Write m2d.json and README.md into a student's folder that is itself still temporary.
-
-    All its other files must be there, since their digests are written too.
-    """
-    from m2d.students.card import model_card
-
-    values = record.model_dump(exclude_unset=True, mode="json")
-    values = {"m2d_version": record.m2d_version, **values, "files_sha256": digests_in(folder)}
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    (folder / "m2d.json").write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(model_card(record), encoding="utf-8")

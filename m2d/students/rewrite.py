@@ -14,8 +14,8 @@ from m2d.artifacts import atomic_path, require_absent
 from m2d.models.checkpoint import Checkpoint, shard_files, write_checkpoint
 from m2d.models.entries import read_entry, read_header
 from m2d.models.families import Family
-from m2d.students.files import copy_others
-from m2d.students.record import read_record, write_record
+from m2d.students.files import copy_others, write_record
+from m2d.students.record import read_record
 
 WRITTEN_ANEW = ("README.md", "m2d.json", "metrics.jsonl")
 

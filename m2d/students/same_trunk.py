@@ -31,7 +31,7 @@ from m2d.models.skeleton import (
     make_skeleton,
     text_paths,
 )
-from m2d.models.stream import _drop
+from m2d.models.stream import drop_weights
 from m2d.models.teacher import RETURNS, Teacher
 from m2d.students.tensors import source_name
 
@@ -188,7 +188,7 @@ class _Trunk:
                 layer.set_submodule(path, _NoExperts())
         self._fill(layer, f"{self.prefix}{index}.", lambda name: name.startswith(inside))
         self.hidden = self.calls.run(layer, index, 0, self.hidden)
-        _drop(layer)
+        drop_weights(layer)
         release_freed_memory()
         return self.hidden
 

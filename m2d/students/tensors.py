@@ -1,4 +1,4 @@
-"""The dense student of a teacher and a plan: its config, and its tensors one by one.
+"""The tensors of the student of a teacher and a plan, one by one.
 
 Shapes: H hidden size, I expert intermediate size, W the student's intermediate size. The routed
 groups come first in W, shared experts after them, zeros last.
@@ -6,116 +6,19 @@ groups come first in W, shared experts after them, zeros last.
 
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from m2d.choose.plan import Group, LayerPlan, Plan
+from m2d.choose.plan import LayerPlan, Plan
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.entries import Entry
 from m2d.models.families import Family, dense_pattern
 from m2d.models.folded import Folds
-from m2d.models.parameters import MTP
-from m2d.models.schemes import QUANTISATION_KEYS
-from m2d.models.sibling import student_raw, student_skeleton
-from m2d.models.skeleton import in_text, text_key
-from m2d.models.teacher import Teacher
-
-# Of a teacher's config.json, never a student's: custom code, paths, how the weights were packed.
-NEVER_INHERITED = {"auto_map", "_name_or_path", "transformers_version", *QUANTISATION_KEYS}
-# transformers' grouped matrix products want rows of a multiple of 16 bytes.
-ONE_EXPERT_MULTIPLE = 8
-
-
-def student_width(teacher: Teacher, plan_width: int) -> int:
-    """W: one width for all layers, wide enough for those that were dense in the teacher.
-
-    plan_width: of the routed groups. A student with experts keeps shared experts and dense layers
-    as they are; W is then that of its experts together.
-    """
-    count = teacher.family.student_experts
-    if count:
-        each = -(-plan_width // count)
-        if count > 1 and each <= teacher.expert_width:
-            return count * teacher.expert_width
-        return count * (-(-each // ONE_EXPERT_MULTIPLE) * ONE_EXPERT_MULTIPLE)
-    return max(plan_width + teacher.shared_width, teacher.dense_width)
-
-
-def student_config(teacher: Teacher, width: int) -> dict[str, Any]:
-    """The student's config.json: the teacher's as on disk, without what only experts need."""
-    family = teacher.family
-    raw = {k: v for k, v in teacher.raw_config.items() if k not in NEVER_INHERITED}
-    whole = teacher.skeleton.config
-    each = width // max(1, family.student_experts)
-    raw = student_raw(family, whole, raw, {family.width_key: each})
-    raw["architectures"] = [family.student_architecture]
-    return raw
-
-
-def build_student_skeleton(
-    teacher: Teacher, plan_width: int
-) -> tuple[dict[str, Any], PreTrainedModel]:
-    """The student's config.json and its stock class on the meta device."""
-    raw = student_config(teacher, student_width(teacher, plan_width))
-    return raw, student_skeleton(raw, teacher.folder)
-
-
-def merge_gate_or_up(
-    read: Callable[[int], Tensor], plan: LayerPlan, down: bool = False
-) -> list[Tensor]:
-    """The groups' averages, each [group width, H]: one below the other, a gate or up projection.
-
-    read(expert) gives the expert's tensor [I, H] or bias [I]. A group of one is copied exactly.
-    down: of a down projection [H, I] that is not scaled.
-    """
-    return [_select(_average(read, group), group, int(down)) for group in plan.groups]
-
-
-def merge_down(
-    read: Callable[[int], Tensor], plan: LayerPlan, weight: float = 1.0
-) -> Iterator[Tensor]:
-    """The groups' averages [H, group width], each times its scale: side by side, down projections.
-
-    read(expert) gives the expert's tensor [H, I]. weight: with which the student itself will
-    multiply the result. Products are rounded once, from float32.
-    """
-    for group in plan.groups:
-        yield _select(_average(read, group), group, 1) * (group.scale / weight)
-
-
-def merge_down_bias(read: Callable[[int], Tensor], plan: LayerPlan, weight: float = 1.0) -> Tensor:
-    """Bias of the down projection [H]: the groups' averages, each times its scale, added up."""
-    total: Tensor | float = 0.0
-    for group in plan.groups:
-        part = _average(read, group)
-        total = total + part.float() * (group.scale / weight)
-    assert isinstance(total, Tensor)
-    return total.to(part.dtype)
-
-
-def _average(read: Callable[[int], Tensor], group: Group) -> Tensor:
-    if len(group.experts) == 1:
-        return read(group.experts[0])
-    total = None
-    for expert, weight in zip(group.experts, group.weights, strict=True):
-        tensor = read(expert)
-        part = tensor.float() * weight  # summed in float32, rounded once
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total.to(tensor.dtype)
-
-
-def _select(tensor: Tensor, group: Group, axis: int) -> Tensor:
-    """The intermediate neurons that the group keeps, all if it names none."""
-    if group.neurons is None:
-        return tensor
-    return tensor.index_select(axis, torch.tensor(group.neurons, device=tensor.device))
+from m2d.students.average import merge_down, merge_down_bias, merge_gate_or_up
 
 
 def pad_to(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -425,49 +328,5 @@ class StudentTensors:
         return tensor
 
 
-def carried_tensors(teacher: Teacher, checkpoint: Checkpoint) -> dict[str, Entry]:
-    """By name on disk, what a composite teacher's student takes over byte by byte.
-
-    Everything outside the text model (vision tower, projector), but for heads that predict several
-    tokens, which go with the layers that they were trained on.
-    """
-    if text_key(teacher.skeleton.config) is None or teacher.family.text_only:
-        return {}
-    of_text, family = in_text(teacher.skeleton), teacher.family
-    names = family.names.of(checkpoint.files) if family.names else {}
-    return {
-        name: entry
-        for name, entry in checkpoint.files.items()
-        if not of_text(names[name].name if name in names else name) and not MTP.search(name)
-    }
-
-
-def dropped_tensors(teacher: Teacher, checkpoint: Checkpoint) -> list[str]:
-    """What a teacher has to predict several tokens, by the beginnings of names on disk."""
-    last = re.compile(re.escape(teacher.family.layers) + r"\.(\d+)\.")
-    count = int(teacher.config.num_hidden_layers)
-    found = set()
-    for name, written in checkpoint.on_disk.items():
-        if match := MTP.search(written):
-            found.add(written[: match.end()])
-        elif (place := last.match(name)) and int(place[1]) >= count:
-            found.add(place[0])
-    return sorted(found)
-
-
 def _layer_of(name: str, layers: str) -> int:
     return int(name.removeprefix(f"{layers}.").partition(".")[0])
-
-
-def stored_shapes(skeleton: PreTrainedModel, whole: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a checkpoint of this model holds: tied tensors once.
-
-    whole: of a composite model, with what is not of its text model.
-    """
-    of_text = (lambda _: True) if whole else in_text(skeleton)
-    tied = set(getattr(skeleton, "all_tied_weights_keys", {}) or {})
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in skeleton.state_dict().items()
-        if name not in tied and of_text(name)
-    }

@@ -7,9 +7,9 @@ from typing import Any
 
 from m2d.choose.neurons import check_width
 from m2d.errors import UserError
+from m2d.models.student import build_student_skeleton
 from m2d.models.teacher import Teacher, count_parameters
 from m2d.options import MOST, positive
-from m2d.students.tensors import build_student_skeleton
 
 # Of which the width of a student's FFN is a multiple, unless asked otherwise: llama.cpp quantises
 # rows in blocks of 32 (Q8_0) or 256 (the K-quants), and matrix units want a multiple of 8.
