@@ -72,10 +72,10 @@ HANDED_ON = {"indexer_types": ["full", "shared", "full", "shared"]}
 LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 # What some classes want otherwise: of the text config, and by the name of another sub-config.
 OWN: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": EXPERTS,
                             "moe_top_k": EXPERTS}},
-    "deepseek_ocr2": {"@vision_config": {
+    "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1), "@vision_config": {
         "sam_config": {"hidden_size": 16, "output_channels": 8, "num_hidden_layers": 1,
                        "num_attention_heads": 2, "image_size": 64, "global_attn_indexes": [0],
                        "mlp_dim": 32, "downsample_channels": [16, 32]},
@@ -86,8 +86,12 @@ OWN: dict[str, dict[str, Any]] = {
                     "layer_types": None, "mlp_layer_types": ["moe"] * LAYERS},
     "gemma4": {"enable_moe_block": True},
     "dots1": {"n_shared_experts": 1},
-    "dots3_note": {"num_key_value_heads": 4},
-    "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 16]},
+    "dots3_note": {"num_key_value_heads": 4,
+                   "@vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+                   "@audio_config": {"adapter_out_dim": 32, "adapter_input_size": 32}},
+    "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 16], "head_dim": 16,
+                        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                            "mrope_section": [3, 3, 2]}},
     "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                   "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
     "glm5_next": {"num_key_value_heads": 4, "index_topk": 16, "qk_rope_head_dim": 0, "head_dim": 0},

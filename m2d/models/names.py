@@ -65,7 +65,11 @@ class Names:
         self, name: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
     ) -> Named:
         found = self._rename(name, renamings, converters)
-        if found.name in self.known or found.name != name:
+        if found.name in self.known:
+            return found
+        if name in self.known:  # a pattern that is meant for the repository's names has met its own
+            return Named(name)
+        if found.name != name:
             return found
         if match := QUANTIZED.fullmatch(name):
             plain = self._rename(match["plain"], renamings, converters)

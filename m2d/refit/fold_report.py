@@ -59,7 +59,8 @@ class FoldTable(FoldTotals):
 def fold_table(stream: StreamedTeacher, tokens: Tensor, batch: int) -> list[dict[str, Any]]:
     """A row per MoE layer: its index, R2 of each of WAYS on held-out tokens, the layer's alpha.
 
-    And R2 of SHARED_WAYS where a shared expert has a gate of its own. Raises UserError for fewer than 2 sequences.
+    And R2 of SHARED_WAYS where a shared expert has a gate of its own. Raises UserError for fewer
+    than 2 sequences.
     """
     family = stream.teacher.family
     held_out = splits_for(tokens)
