@@ -72,7 +72,8 @@ HANDED_ON = {"indexer_types": ["full", "shared", "full", "shared"]}
 LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 # What some classes want otherwise: of the text config, and by the name of another sub-config.
 OWN: dict[str, dict[str, Any]] = {
-    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2,
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": EXPERTS,
                             "moe_top_k": EXPERTS}},
     "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1), "@vision_config": {
