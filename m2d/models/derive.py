@@ -40,7 +40,6 @@ PROBE_TOKENS = 5
 # Why some are refused that look like any other.
 REFUSED = {
     "diffusion_gemma": "generates by denoising blocks of text, not token by token",
-    "glm5_next": "has not been shown to convert exactly",
     "longcat_flash": "has experts that pass their input on unchanged, which no FFN does",
     "inkling2": "mixes the outputs of several layers between layers",
     "ernie4_5_vl_moe": "routes text and images to experts of different widths in one layer",
