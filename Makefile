@@ -73,6 +73,7 @@ check: $(STAMP)
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
+	$(IN_VENV) lint-imports --no-cache --no-logo
 	$(IN_VENV) snakefmt --check workflow
 	$(IN_VENV) python workflow/scripts/lint.py
 
