@@ -53,6 +53,18 @@ def test_every_domain_and_split_has_documents(documents: list[corpus.Document]) 
     assert found == set(itertools.product(DOMAINS, corpus.SPLITS))
 
 
+def test_the_corpus_takes_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(corpus, "DOMAINS", {"nltk": ("nltk",)})
+    whole = corpus._sources()
+    missing = {"a": ("no_such_package",), "nltk": ("nltk", "nor_this_one")}
+    monkeypatch.setattr(corpus, "DOMAINS", missing)
+    capsys.readouterr()
+    assert corpus._sources() == whole != []
+    assert "without no_such_package, nor_this_one, which are not" in capsys.readouterr().err
+
+
 def test_splits_share_no_document_and_no_paragraph(documents: list[corpus.Document]) -> None:
     owner: dict[str, str] = {}
     for d in documents:
