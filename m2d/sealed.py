@@ -61,16 +61,28 @@ def digests_in(folder: Path) -> dict[str, str]:
     }
 
 
-def noted_tokens(file: str | Path) -> str | None:
-    """Digest of the tokens that a grid or perplexity was measured on; None where none is noted."""
-    if Path(file).suffix == ".parquet":
+def notes_of(file: str | Path) -> dict[str, Any]:
+    """What a file of numbers (Parquet, safetensors) or a result (JSON) notes of how it was made."""
+    with reading(file, "readable"), Path(file).open("rb") as stream:
+        head = stream.read(9)
+    if head[:4] == b"PAR1" or Path(file).suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        with reading(file, "readable as a grid"):
+        with reading(file, "readable as Parquet"):
             about = json.loads((pq.read_schema(file).metadata or {}).get(b"m2d", b"{}"))
+    elif head[8:] == b"{" and head[:1] != b"{":
+        from safetensors import safe_open
+
+        with reading(file, "a readable safetensors file"), safe_open(file, "np") as opened:
+            about = json.loads((opened.metadata() or {}).get("m2d", "{}"))
     else:
         about = read_json(file)
-    noted = about.get("tokens_sha256") if isinstance(about, dict) else None
+    return about if isinstance(about, dict) else {}
+
+
+def noted_tokens(file: str | Path) -> str | None:
+    """Digest of the tokens that a grid or perplexity was measured on; None where none is noted."""
+    noted = notes_of(file).get("tokens_sha256")
     return noted if isinstance(noted, str) else None
 
 

@@ -623,6 +623,56 @@ def test_m2d_json_says_of_which_weights_a_student_is(copy: Run) -> None:
     assert about["computed_on"]["threads"] >= 1
 
 
+def results_of(one: Run, folder: Path) -> Run:
+    """A run's results where the workflow has them."""
+    student = folder / "t/students/s/merged"
+    shutil.copytree(one["student"], student)
+    files: Run = {"grid": folder / "t/grid/sf.parquet", "record": student / "m2d.json"}
+    files |= {"perplexity": student.with_name("merged.perplexity.json")}
+    files |= {"teacher's": folder / "t/perplexity.json", "student": student}
+    files |= {"evaluation": student.with_name("merged.eval") / "arc_easy.json"}
+    files |= {name: folder / "t" / one[name].name for name in ("stats", "gram")}
+    shutil.copy(one["stats"], files["stats"])
+    shutil.copy(one["gram"], files["gram"])
+    with_tokens = ("--tokens", one["tokens"], "--dtype", "float32")
+    grid = ("grid", one["teacher"], files["grid"], *chosen(one)[:6], *with_tokens, "--keeps", 2)
+    assert run(*grid) == 0
+    for model, out in ((student, "perplexity"), (one["teacher"], "teacher's")):
+        assert run("perplexity", model, *with_tokens, "--out", files[out]) == 0
+    score = {"results": {"arc_easy": {"acc,none": 0.5}}, "model_fingerprint": fingerprint(student)}
+    files["evaluation"].parent.mkdir()
+    files["evaluation"].write_text(json.dumps(score))
+    return files
+
+
+def reports(files: Run, out: Path) -> list[list[Any]]:
+    """The commands that put results together."""
+    grid = ["--grid", files["grid"], "--provenance", files["record"]]
+    scores = ["--evaluation", files["evaluation"]]
+    both = ["--perplexity", files["perplexity"], files["teacher's"], *scores]
+    pictures = ["--statistics", files["stats"], "--gram", files["gram"]]
+    card = ["card", files["student"], "--perplexity", files["perplexity"], *scores]
+    return [["tables", out, *grid, *both], ["figures", out, *grid, *both, *pictures], card]
+
+
+def test_results_of_two_runs_are_not_put_together(
+    runs: tuple[Run, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = (results_of(one, tmp_path / name) for one, name in zip(runs, "ab", strict=True))
+    for command in reports(ours, tmp_path / "out"):
+        assert run(*command) == 0
+    mixed = 0
+    for name in ours:
+        for command in reports(ours | {name: theirs[name]}, tmp_path / "other"):
+            if theirs[name] in command:
+                capsys.readouterr()
+                assert run(*command) == 2, (name, command[0])
+                assert "other weights than" in capsys.readouterr().err
+                mixed += 1
+    assert mixed == 15
+    assert not (tmp_path / "other").exists()
+
+
 def test_tables_leave_out_what_gave_no_number_and_say_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,6 +65,11 @@ def belonging(files: Iterable[Path], place: Place | None) -> list[Path]:
     return [file for file, found in places if replace(found, task="", scoring="") == place]
 
 
+def is_of_teacher(tokens: Path, student: Path) -> bool:
+    """Whether a teacher's tokens lie in the folder that has its students."""
+    return student.absolute().is_relative_to(tokens.absolute().parent.parent)
+
+
 def card_of(
     student: Path,
     perplexity_files: Sequence[Path],
@@ -78,7 +83,8 @@ def card_of(
         record = record.model_copy(update={"calibration": calibration_of(file)})
     if len(perplexity_files) > 1:
         raise UserError(f"{student}: more than one perplexity file; give its own alone")
-    for file in perplexity_files:
+    evaluation_files = list(evaluation_files)
+    for file in (*perplexity_files, *evaluation_files):
         require_own(file, student)
     return model_card(record, scores_of(next(iter(perplexity_files), None), evaluation_files))
 
@@ -126,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
         files = (args.perplexity, args.evaluation, args.tokens)
         if len(args.students) > 1:
             # A teacher's tokens lie in its folder, and its students below.
-            own = [file for file in args.tokens if student.is_relative_to(file.parents[1])]
+            own = [file for file in args.tokens if is_of_teacher(file, student)]
             files = (belonging(args.perplexity, place), belonging(args.evaluation, place), own)
         name = f"{place.teacher}.{place.student}.{place.variant}" if place else student.name
         cards[student] = (name, card_of(student, *files))

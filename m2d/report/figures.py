@@ -19,7 +19,7 @@ from m2d.report import plot_grid as grid
 from m2d.report import plot_repair as repair
 from m2d.report import plot_students as students
 from m2d.report.plot_style import message_figure, save
-from m2d.report.results import place_of
+from m2d.report.results import place_of, require_one_source
 from m2d.report.tables import add_result_options, make_tables
 from m2d.students.record import read_record
 
@@ -151,6 +151,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    pictured = (args.grid, args.statistics, args.gram, args.provenance)
+    require_one_source(file for files in pictured for file in files or ())
     tables = make_tables(args.grid, args.perplexity, args.evaluation, args.provenance)
     figures = make_figures(tables, args.statistics, args.gram, args.metrics, args.provenance or [])
     with renewed_folder(args.out) as folder:

@@ -27,7 +27,7 @@ from m2d.artifacts import finite, read_json, reading
 from m2d.errors import UserError
 from m2d.methods import table
 from m2d.progress import say
-from m2d.sealed import noted_tokens, require_same_tokens
+from m2d.sealed import noted_tokens, notes_of, require_same_tokens
 from m2d.students.record import DistillationPart, PlanPart, StudentRecord, read_record
 from m2d.students.variants import ALIGN, INITIAL, MERGED, PRUNED, REFIT, first_variant
 
@@ -167,6 +167,38 @@ def require_comparable(files: Iterable[str | Path]) -> None:
         by_teacher.setdefault(place_of(file).teacher, {})[str(file)] = noted_tokens(file)
     for noted in by_teacher.values():
         require_same_tokens(noted)
+
+
+def require_one_source(files: Iterable[str | Path]) -> None:
+    """Raise a UserError where files that stand in one model's place note different weights.
+
+    Of a teacher: its grids, statistics and results, and the teacher that its students' m2d.json
+    names; of a student, its results.
+    """
+    first: dict[Place, tuple[str, str | Path]] = {}
+    for file in files:
+        for place, noted in _noted_weights(file):
+            known, other = first.setdefault(place, (noted, file))
+            if known != noted:
+                raise UserError(
+                    f"{file}: is of other weights than {other} (fingerprint {noted[:12]}, not "
+                    f"{known[:12]}); give files of one run"
+                )
+
+
+def _noted_weights(file: str | Path) -> Iterator[tuple[Place, str]]:
+    """The models that a file names by their fingerprints."""
+    about = notes_of(file)
+    statistics = "teacher_fingerprint" in about and Path(file).parent.name != "grid"
+    place = Place(Path(file).absolute().parent.name, "", "") if statistics else place_of(file)
+    section = about.get("teacher")
+    of_teacher = section.get("fingerprint") if isinstance(section, dict) else None
+    of_teacher = of_teacher or about.get("teacher_fingerprint")
+    if isinstance(of_teacher, str):
+        yield Place(place.teacher, "", "teacher"), of_teacher
+    own = about.get("model_fingerprint")
+    if isinstance(own, str):
+        yield Place(place.teacher, place.student, place.variant), own
 
 
 PLAN_KEYS = ("scoring", "grouping", "scaling", "keep", "groups")

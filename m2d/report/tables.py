@@ -24,6 +24,7 @@ from m2d.report.results import (
     read_provenance,
     read_published,
     require_comparable,
+    require_one_source,
     seconds_by_model,
 )
 from m2d.report.table_html import shown, table_html
@@ -148,6 +149,8 @@ def make_tables(
     See m2d.report.results for the files' paths.
     """
     grid_files, perplexity_files = list(grid_files), list(perplexity_files)
+    evaluation_files, provenance_files = list(evaluation_files), list(provenance_files)
+    require_one_source([*grid_files, *perplexity_files, *evaluation_files, *provenance_files])
     provenance = read_provenance(provenance_files)
     grid = read_grid(grid_files)
     require_comparable([*grid_files, *perplexity_files])
