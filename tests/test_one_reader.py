@@ -1,6 +1,7 @@
 """A model in memory and a streamed one are the same weights, or neither starts."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -249,6 +250,58 @@ def test_numbers_that_are_not_finite_are_no_weights(tmp_path: Path) -> None:
     folder = edit_tensors(make_teacher(tmp_path / "t"), lambda t: t[MIDDLE][0, 0].fill_(torch.nan))
     with pytest.raises(UserError, match=r"k_proj\.weight: 1 of its 512 numbers are not finite"):
         loaded(folder)
+
+
+NUMBERS_OF = {
+    "an expert": "model.layers.0.mlp.experts.5.down_proj.weight",
+    "a router": "model.layers.1.mlp.gate.weight",
+    "a norm": "model.norm.weight",
+}
+# As in COMMANDS, of those that once took them.
+OF_NUMBERS = {
+    "convert": COMMANDS["convert"],
+    "neurons": COMMANDS["neurons"],
+    "teacher-logits": COMMANDS["teacher-logits"],
+    "in greedy order": [*COMMANDS["neurons"], "--choice", "greedy", "--width", "16",
+                        "--multiple", "16"],
+    "of neurons": [*COMMANDS["convert"], "--granularity", "neurons", "--width", "16",
+                   "--multiple", "16"],
+    "fold-report": ["fold-report", "{teacher}", "--tokens", "{tokens}", "--json", "{out}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", NUMBERS_OF)
+def test_a_teacher_with_a_number_that_is_not_finite_is_refused(
+    place: str,
+    value: float,
+    whole: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    teacher, name = make_teacher(tmp_path / "teacher"), NUMBERS_OF[place]
+    edit_tensors(teacher, lambda t: t[name].view(-1)[-1:].fill_(value))
+    out = tmp_path / "out"
+    for command, words in OF_NUMBERS.items():
+        assert main([w.format(**whole, teacher=teacher, out=out) for w in words]) == 2, command
+        *_, line = capsys.readouterr().err.splitlines()
+        assert "1 of its " in line
+        assert "numbers are not finite" in line
+        assert {path.name for path in tmp_path.iterdir()} == {"teacher"}
+
+
+def test_layers_that_overflow_are_named(
+    whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, name = make_teacher(tmp_path / "teacher"), "model.layers.0.self_attn.o_proj.weight"
+    edit_tensors(teacher, lambda t: t[name].fill_(3e38))
+    for command in ("stats", "neurons", "convert", "teacher-logits"):
+        words = [
+            w.format(**whole, teacher=teacher, out=tmp_path / "out") for w in COMMANDS[command]
+        ]
+        assert main(words) == 2
+        assert "not finite" in capsys.readouterr().err
+        assert {path.name for path in tmp_path.iterdir()} == {"teacher"}
 
 
 def test_what_a_class_knows_and_leaves_is_no_extra(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ factorised afresh. Both selections are nested: a shorter one is a prefix of a lo
 import numpy as np
 
 from m2d.choose.layer_statistics import Indices, Matrix, Vector
+from m2d.errors import UserError
 
 TIE = 1e-12  # relative: differences below this are rounding, and the lower index wins
 
@@ -94,6 +95,8 @@ def cholesky_row(inner: Vector, factor: Matrix, pick: int, schur: float) -> Vect
 def first_maximum(values: Vector, free: np.ndarray) -> int:
     """The lowest free index whose value is the free maximum, to a relative tolerance of TIE."""
     best = float(values[free].max())
+    if not np.isfinite(best):
+        raise UserError("no order follows from statistics that are not finite")
     return int(np.flatnonzero(free & (values >= best - TIE * abs(best)))[0])
 
 

@@ -76,12 +76,10 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05}.safetensors"
 
 
-def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Write index.json, or check that the folder is one of the same outputs."""
+def check_index(folder: Path, index: dict[str, Any]) -> None:
+    """Raise a UserError where the folder is one of other outputs."""
     file = folder / "index.json"
-    if not file.exists():
-        write_json(file, index)
-    elif (found := read_json(file)) != index:
+    if file.exists() and (found := read_json(file)) != index:
         differs = next(key for key in index if found.get(key) != index[key])
         raise UserError(
             f"{folder}: holds outputs of {differs} {found.get(differs)}, not {index[differs]}; "
@@ -89,10 +87,17 @@ def write_index(folder: Path, index: dict[str, Any]) -> None:
         )
 
 
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write index.json, or check that the folder is one of the same outputs."""
+    check_index(folder, index)
+    if not (folder / "index.json").exists():
+        write_json(folder / "index.json", index)
+
+
 def write_shard(
     path: Path, ids: Tensor, log_p: Tensor, vocabulary: int, index: dict[str, Any]
 ) -> None:
-    """Write ids and log_p, [rows, length, n], marked as a shard of that index.
+    """Write ids and log_p, [rows, length, n], marked as a shard of that index, and the index.
 
     Raises UserError where a log-probability is NaN; -inf fills up.
     """
@@ -101,6 +106,7 @@ def write_shard(
             f"{path}: the teacher's logits are not finite, so nothing is written; do its weights "
             "and --dtype go together?"
         )
+    write_index(path.parent, index)
     small = torch.uint16 if vocabulary <= 2**16 else torch.int32
     tensors = {"ids": ids.to(small).contiguous(), "log_p": log_p.half().contiguous()}
     digest = digest_of({name: tensor.numpy() for name, tensor in tensors.items()})

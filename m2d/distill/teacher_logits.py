@@ -18,6 +18,7 @@ from m2d.devices import announce, compute_dtype, dtype_name, pick_device
 from m2d.distill.loading import device_map, expand_routing
 from m2d.distill.logits import (
     KINDS,
+    check_index,
     outputs_of,
     shard_path,
     shard_rows,
@@ -90,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         "rows_of_shard": args.rows,
         "dtype": dtype_name(dtype),
     }
-    write_index(args.out, index)
+    check_index(args.out, index)
     first, step = args.part
     mine = list(shard_rows(tokens.sequences, args.rows))[first::step]
     missing = [item for item in mine if not shard_path(args.out, item[0]).exists()]
@@ -114,4 +115,5 @@ def main(args: argparse.Namespace) -> None:
         ids, log_p = (torch.cat(column) for column in zip(*parts, strict=True))
         sweep(shard_path(args.out, number))
         write_shard(shard_path(args.out, number), ids, log_p, vocabulary, index)
+    write_index(args.out, index)  # of a part that has no shard
     say(f"{args.out}: {len(mine)} shards of {tokens.sequences} sequences, {args.kind} {args.size}")

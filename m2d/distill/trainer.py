@@ -83,6 +83,9 @@ def check_head(model: PreTrainedModel, input_ids: Tensor, name: str) -> None:
     """
     ids = input_ids.to(model.device)
     own = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
+    if not bool(own.isfinite().all()):
+        kind = str(model.dtype).removeprefix("torch.")
+        raise UserError(f"{name}: its logits are not finite in {kind}; do its weights fit in that?")
     hidden = hidden_states(model, ids).flatten(0, 1).to(own.device)
     ours = head_of(model).to(own.device).logits(hidden)
     tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2

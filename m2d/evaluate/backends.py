@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m2d.devices import pick_dtype
 from m2d.errors import UserError
-from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, require_finite
+from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from m2d.models.load import check_model, load_model
 from m2d.models.teacher import dtype_of, locate, read_config
 from m2d.progress import progress
@@ -63,6 +63,4 @@ def check_for_vllm(model: str) -> None:
     check_model(folder, config)
     checkpoint = Checkpoint(folder)
     for name in progress(list(checkpoint.entries), f"{folder.name}, tensors checked"):
-        tensor = checkpoint.read(name)
-        if tensor.is_floating_point():
-            require_finite(tensor, f"{folder}: {name}")
+        checkpoint.read(name)  # which refuses what is not finite

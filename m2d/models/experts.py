@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from m2d.errors import UserError
-from m2d.models.checkpoint import Checkpoint
+from m2d.models.checkpoint import Checkpoint, require_finite
 from m2d.models.families import Family
 from m2d.models.widen import held
 
@@ -263,6 +263,8 @@ def read_stacked(
             gate_up_bias[index, :width] = expert.gate_bias
             gate_up_bias[index, width:] = expert.up_bias
             down_bias[index] = expert.down_bias
+    for tensor in (gate_up, down):
+        require_finite(tensor, f"{checkpoint.folder}: the experts of layer {layer}")
     return StackedExperts(
         gate_up, down, activation, gate_up_bias, down_bias, shared, family.scales_input
     )

@@ -74,8 +74,8 @@ def load_model(
             own = held(checkpoint.entry(one.names(0)[0] if one else name).dtype, own)
         tensor = _join(checkpoint, one, own) if one else checkpoint.read(name)
         if tensor.is_floating_point():
-            require_finite(tensor, f"{folder}: {name}")
             tensor = tensor.to(own)
+            require_finite(tensor, f"{folder}: {name}")
         _assign(model, name, tensor.to(devices[name]))
     model.tie_weights()
     if narrow:

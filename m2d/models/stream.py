@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from m2d.devices import announce, free_memory, release_freed_memory
 from m2d.errors import UserError
 from m2d.models.calls import Calls, Tap
-from m2d.models.checkpoint import Checkpoint
+from m2d.models.checkpoint import Checkpoint, require_finite
 from m2d.models.experts import (
     GLU,
     Glu,
@@ -101,7 +101,9 @@ class StreamedTeacher:
             return tensor
         if self.in_float32(name):
             return tensor.float()
-        return tensor.to(held(tensor.dtype, self.dtype))
+        narrowed = tensor.to(held(tensor.dtype, self.dtype))
+        require_finite(narrowed, f"{self.teacher.folder}: {name}")
+        return narrowed
 
     def _load_layer(self, index: int) -> nn.Module:
         """The stock decoder layer with its weights, its experts stacked."""
@@ -169,7 +171,10 @@ class StreamedTeacher:
                     coming = reader.submit(self._load_layer, index + 1) if index < last else None
                     self._observe(layer, index, visit)
                     hidden.next_layer()
-                hidden[i] = calls.run(layer, index, i, hidden[i])
+                moved = calls.run(layer, index, i, hidden[i])
+                if i == 0 or index == last:  # what is not finite stays so, to the last layer
+                    require_finite(moved, f"{self.teacher.name}: what layer {index} gives")
+                hidden[i] = moved
                 if i == len(batches) - 1:
                     drop_weights(layer)
                     release_freed_memory()

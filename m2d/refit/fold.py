@@ -11,6 +11,7 @@ Shapes: N tokens, E routed experts, I an expert's intermediate size, H hidden si
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,8 +323,13 @@ def weighted_errors(fit: FoldSums, judge: FoldSums, energy: Tensor) -> tuple[Ten
 
 
 def share_reproduced(judged: Tensor, chosen: Tensor, judge: FoldSums, energy: Tensor) -> float:
-    """R2 of a layer whose neurons take the candidates `chosen` [E, I]."""
+    """R2 of a layer whose neurons take the candidates `chosen` [E, I].
+
+    Raises UserError where the sums are not finite.
+    """
     total = float((energy * judge.tt).sum())
+    if not math.isfinite(total):
+        raise UserError("the experts give numbers that are not finite; compute in another --dtype")
     return 1 - float(judged.gather(0, chosen[None]).sum()) / total if total > 0 else 0.0
 
 
