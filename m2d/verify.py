@@ -112,6 +112,12 @@ def check(path: Path) -> Found:
     return _check_student(path) if (path / STUDENT).is_file() else _check_logits(path)
 
 
+def is_parquet(path: Path) -> bool:
+    """By its first bytes, whatever its name is; by its name where those are damaged."""
+    with path.open("rb") as stream:
+        return stream.read(4) == b"PAR1" or path.suffix == ".parquet"
+
+
 def metadata_of(path: Path) -> dict[str, Any] | None:
     """What m2d wrote into a file's metadata, of whatever kind; None where it wrote nothing."""
     import pyarrow
@@ -119,7 +125,7 @@ def metadata_of(path: Path) -> dict[str, Any] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        if path.suffix == ".parquet":
+        if is_parquet(path):
             raw = pyarrow.parquet.read_schema(path).metadata or {}
             text: Any = raw.get(b"m2d")
         else:
@@ -153,7 +159,7 @@ def _digest(path: Path) -> str | None:
     from m2d.statistics.files import routing_columns
 
     try:
-        arrays = routing_columns(path) if path.suffix == ".parquet" else load_file(path)
+        arrays = routing_columns(path) if is_parquet(path) else load_file(path)
     except (OSError, SafetensorError, UserError, ValueError, KeyError):
         return None
     return digest_of(arrays)
