@@ -29,6 +29,7 @@ from m2d.progress import say
 from m2d.recipes import RECIPES, settled
 from m2d.refit.align import AlignSettings, align_student
 from m2d.refit.fold import MODES, collect_folds, fold_record
+from m2d.refit.halves import block_path
 from m2d.refit.refit import VARIANTS, WEIGHTINGS, refit_record, write_refitted
 from m2d.refit.refit import refit as refit_student
 from m2d.statistics.gram import GramTotals
@@ -172,6 +173,8 @@ def convert(
     source = str(dataset)
     if tokens is not None or text:
         source = ", ".join(Path(file).name for file in ([tokens] if tokens else text or []))
+    if how.refit or how.align:
+        block_path(opened.family)  # before any pass, whether the family has one
     if (how.refit or how.fold or how.align) and len(input_ids) < 2:
         raise UserError(
             "fold, refit and align need at least 2 sequences: some to fit, some to hold out"

@@ -1,6 +1,8 @@
 """Teachers with a vision tower: the text model is converted, the rest is carried over."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from transformers import (
 
 import m2d
 from m2d.cli import main
+from m2d.errors import UserError
+from m2d.evaluate.perplexity import measure
 from m2d.inspect import text_student
 
 EXPERTS, LAYERS = 4, 2
@@ -107,6 +111,28 @@ def test_a_composite_student_is_exact_and_carries_the_rest(
     assert record["carried"] == ["model.visual"]
     assert record.get("dropped", []) == (["mtp."] if kind == "qwen3_5_moe" else [])
     assert (out / "preprocessor_config.json").read_text() == '{"size": 1}'
+
+
+@torch.no_grad()
+def test_what_is_carried_over_may_hold_infinities(
+    teacher: tuple[str, Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Such as bounds that clip nothing, in an audio tower. Numbers of the text model may not."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher[1], folder)
+    tensors = load_file(folder / "model.safetensors")
+    carried = next(name for name in tensors if "visual" in name)
+    tensors[carried].view(-1)[0] = torch.inf
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    out = m2d.convert(folder, tmp_path / "student", refit="layer", **settings)
+    assert torch.equal(load_file(out / "model.safetensors")[carried], tensors[carried])
+    ids = torch.randint(3, 90, (2, 12))
+    assert math.isfinite(measure(out, ids, 2, "float32", torch.device("cpu")).perplexity)
+    norm = next(name for name in tensors if name.endswith("norm.weight") and "visual" not in name)
+    tensors[norm].view(-1)[0] = torch.inf
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="not finite"):
+        m2d.convert(folder, tmp_path / "other", **settings)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from m2d.devices import pick_dtype
 from m2d.errors import UserError
 from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from m2d.models.load import check_model, load_model
+from m2d.models.load import beside_text, check_model, load_model
 from m2d.models.teacher import dtype_of, locate, read_config
 from m2d.progress import progress
 
@@ -61,6 +61,7 @@ def check_for_vllm(model: str) -> None:
             "one as transformers; remove the one that is out of date"
         )
     check_model(folder, config)
-    checkpoint = Checkpoint(folder)
-    for name in progress(list(checkpoint.entries), f"{folder.name}, tensors checked"):
+    checkpoint, carried = Checkpoint(folder), beside_text(folder, config)
+    names = sorted(set(checkpoint.entries) - carried)
+    for name in progress(names, f"{folder.name}, tensors checked"):
         checkpoint.read(name)  # which refuses what is not finite

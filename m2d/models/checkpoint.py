@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,15 @@ class Checkpoint:
             raise UserError(f"{self.folder}: the checkpoint has no tensor {name!r}")
         return self.entries[name]
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, finite: bool = True) -> torch.Tensor:
         """The named tensor, on the CPU, in memory of its own, in the dtype on disk.
 
         A quantised tensor comes in the config's dtype. Raises UserError where there is none of
-        that name, or its numbers are not finite.
+        that name, or, with `finite`, its numbers are not all so.
         """
         tensor = read_entry(self.entry(name), name)
-        require_finite(tensor, f"{self.folder}: {name}")
+        if finite:
+            require_finite(tensor, f"{self.folder}: {name}")
         return tensor
 
 
@@ -124,11 +125,16 @@ Content = torch.Tensor | Sequence[Entry]
 
 
 def write_safetensors(
-    file: Path, specs: dict[str, Spec], tensors: Iterable[Content], metadata: dict[str, str]
+    file: Path,
+    specs: dict[str, Spec],
+    tensors: Iterable[Content],
+    metadata: dict[str, str],
+    unchecked: Container[str] = (),
 ) -> None:
     """Write tensors, in the order of `specs`, as they come; those on disk are copied in parts.
 
-    Each must have the dtype and shape (on disk, the dtype and size) announced for it.
+    Each must have the dtype and shape (on disk, the dtype and size) announced for it, and finite
+    numbers, but for those of names in `unchecked`.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -149,7 +155,8 @@ def write_safetensors(
             if isinstance(content, torch.Tensor):
                 if content.dtype != dtype or tuple(content.shape) != shape:
                     raise ValueError(f"{name}: announced {dtype} {shape}, got {content.dtype}")
-                require_finite(content, name)
+                if name not in unchecked:
+                    require_finite(content, name)
                 if content.numel():
                     stream.write(content.contiguous().view(-1).view(torch.uint8).numpy().data)
                 continue
@@ -159,7 +166,7 @@ def write_safetensors(
                 raise ValueError(f"{name}: announced {dtype} {shape}, got {found} bytes of {kinds}")
             for entry in content:
                 for part in blocks(entry, name, buffer):
-                    if dtype in CHECKED:
+                    if dtype in CHECKED and name not in unchecked:
                         require_finite(torch.frombuffer(part, dtype=dtype), name)
                     stream.write(part)
 
@@ -200,10 +207,12 @@ def write_checkpoint(
     specs: dict[str, Spec],
     tensor: Callable[[str], Content],
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    unchecked: Container[str] = (),
 ) -> None:
     """Write a model's tensors as one file, or as shards with an index.
 
-    `tensor(name)` is called once for every name, in the order of `specs`.
+    `tensor(name)` is called once for every name, in the order of `specs`. unchecked: names of what
+    may hold numbers that are not finite, such as the bounds of an audio tower.
     """
     shards = plan_shards(specs, max_shard_bytes)
     names = [SINGLE_NAME]
@@ -216,4 +225,5 @@ def write_checkpoint(
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     for file, keys in zip(names, shards, strict=True):
         part: Iterator[Content] = (tensor(key) for key in keys)
-        write_safetensors(folder / file, {k: specs[k] for k in keys}, part, {"format": "pt"})
+        own = {key: specs[key] for key in keys}
+        write_safetensors(folder / file, own, part, {"format": "pt"}, unchecked)

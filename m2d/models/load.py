@@ -21,7 +21,7 @@ from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, require_finite
 from m2d.models.names import names_of
 from m2d.models.parameters import Fused, check_tensors, is_buffer, wanted_of
-from m2d.models.skeleton import experts_modules, in_text, kept_in_float32, make_skeleton
+from m2d.models.skeleton import experts_modules, in_text, kept_in_float32, make_skeleton, text_key
 from m2d.models.widen import held, widen
 from m2d.options import SPREADS
 from m2d.progress import progress
@@ -37,6 +37,15 @@ def check_model(folder: Path, config: PretrainedConfig) -> None:
     check_tensors(Checkpoint(folder, names_of(model)), wanted_of(model))
 
 
+def beside_text(folder: Path, config: PretrainedConfig) -> set[str]:
+    """The tensors of a folder, by name on disk, that have no part in predicting text from text."""
+    if text_key(config) is None:
+        return set()
+    model = make_skeleton(config, folder)
+    of_text, files = in_text(model), Checkpoint(folder).files
+    return {name for name, named in names_of(model).of(files).items() if not of_text(named.name)}
+
+
 def load_model(
     folder: Path,
     config: PretrainedConfig,
@@ -50,7 +59,7 @@ def load_model(
     dtype: of its products, and of its weights, but for `narrow`: on one device these then stay as
     they are on disk where that is narrower, and are widened product by product.
     config: as m2d.models.teacher.read_config gives it. Raises UserError where the folder's tensors
-    are not just those of the class, are not finite, or do not fit in the devices.
+    are not just those of the class, of the text model are not finite, or do not fit in the devices.
     """
     config = copy.deepcopy(config)
     config.dtype = dtype  # buffers that the class computes are of the default dtype
@@ -64,6 +73,7 @@ def load_model(
     in_float32 = kept_in_float32(model, dtype)
     narrow = narrow and len(set(spread.values())) == 1
     names = [name for name in (*wanted.plain, *wanted.fused) if name not in wanted.tied]
+    of_text = in_text(model)
     first = os.environ.get("RANK", "0") == "0"
     for name in progress(names, f"{folder.name}, tensors") if first else names:
         one = wanted.fused.get(name)
@@ -72,10 +82,11 @@ def load_model(
         own = torch.float32 if in_float32(name) else dtype
         if narrow:
             own = held(checkpoint.entry(one.names(0)[0] if one else name).dtype, own)
-        tensor = _join(checkpoint, one, own) if one else checkpoint.read(name)
+        tensor = _join(checkpoint, one, own) if one else checkpoint.read(name, of_text(name))
         if tensor.is_floating_point():
             tensor = tensor.to(own)
-            require_finite(tensor, f"{folder}: {name}")
+            if of_text(name):
+                require_finite(tensor, f"{folder}: {name}")
         _assign(model, name, tensor.to(devices[name]))
     model.tie_weights()
     if narrow:
@@ -86,7 +97,6 @@ def load_model(
         dispatch_model(model, spread, skip_keys=model._skip_keys_device_placement)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{folder}: a parameter was left without a value")  # a class of new kind
-    of_text = in_text(model)
     for name, parameter in model.named_parameters():
         if not of_text(name):
             parameter.requires_grad_(False)  # a vision tower sees no image here

@@ -299,6 +299,6 @@ def block_path(family: Family) -> str:
     if not path:
         raise UserError(
             f"{family.model_type}: its experts' sum is normed before it is added, so a refit in "
-            "closed form does not apply"
+            "closed form does not apply; leave out refit and align (--fold works)"
         )
     return path

@@ -6,7 +6,7 @@ meta device) those to write.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def write_student(
         content,
         record,
         {"plan.json": {**plan.to_dict(), "teacher_fingerprint": teacher.fingerprint}},
-        processors=bool(carried),
+        carried=carried,
     )
 
 
@@ -106,12 +106,13 @@ def write_folder(
     make: Callable[[str], Content],
     record: StudentRecord,
     others: dict[str, dict[str, Any]],
-    processors: bool = False,
+    carried: Collection[str] = (),
 ) -> Path:
     """Write a student's folder, whole or not at all: `make(name)` for every tensor of `specs`.
 
     The tokenizer and the like are those of the folder `source`, with processors of images and sound
-    where asked for; `record` becomes m2d.json and the model card; `others` are further JSON files.
+    where parts other than text are carried over; `record` becomes m2d.json and the model card;
+    `others` are further JSON files.
     """
     with atomic_path(out) as folder:
         folder.mkdir()
@@ -121,9 +122,9 @@ def write_folder(
             next(bar)
             return make(name)
 
-        write_checkpoint(folder, specs, tensor)
+        write_checkpoint(folder, specs, tensor, unchecked=carried)
         next(bar, None)
-        copy_others(source, folder, (*WRITTEN_ANEW, "plan.json"), processors=processors)
+        copy_others(source, folder, (*WRITTEN_ANEW, "plan.json"), processors=bool(carried))
         config = both_spellings(config)
         for name, value in {"config.json": config, **others}.items():
             write_into(folder, name, value)

@@ -14,6 +14,8 @@ from m2d.artifacts import atomic_path, require_absent
 from m2d.models.checkpoint import Checkpoint, shard_files, write_checkpoint
 from m2d.models.entries import read_entry, read_header
 from m2d.models.families import Family
+from m2d.models.load import beside_text
+from m2d.models.teacher import read_config
 from m2d.students.files import copy_others, write_record
 from m2d.students.record import read_record
 
@@ -101,10 +103,12 @@ def rewrite_student(
 
     if unknown := set(changed) - set(entries):
         raise ValueError(f"{student_folder}: has no {', '.join(sorted(unknown))}")
+    carried = beside_text(student_folder, read_config(student_folder)[1])
     about = read_record(student_folder / "m2d.json", absent=True).having(**sections)
     with atomic_path(out) as folder:
         folder.mkdir()
-        write_checkpoint(folder, {n: (e.dtype, e.shape) for n, e in entries.items()}, tensor)
+        specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+        write_checkpoint(folder, specs, tensor, unchecked=carried)
         copy_others(student_folder, folder, WRITTEN_ANEW, processors=True)
         write_record(folder, about)
     return Path(out)
