@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING
 
 import m2d
 from m2d.cli import main
+from m2d.models.derive import REFUSED
 
 # Qwen/Qwen3-30B-A3B's config.json, what matters of it.
 QWEN3_30B_A3B = {
@@ -71,3 +73,33 @@ def test_a_text_config_where_the_class_has_none_is_one_line(tmp_path: Path, caps
     (tmp_path / "config.json").write_text(json.dumps({**QWEN3_30B_A3B, "text_config": {}}))
     assert main(["inspect", str(tmp_path)]) == 2
     assert "not a valid config (qwen3_moe has no text_config)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        (
+            "dbrx",
+            {"d_model": 32, "n_heads": 4, "n_layers": 1,
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+        ),
+        (
+            "doge",
+            {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "is_moe": True, "num_experts": 16},
+        ),
+        ("jetmoe", {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}),
+    ],
+)  # fmt: skip
+def test_inspect_refuses_in_the_same_line_as_convert(
+    model_type: str, config: dict, tmp_path: Path, tiny_text: Path, capsys
+) -> None:
+    teacher, out = tmp_path / "teacher", tmp_path / "student"
+    CONFIG_MAPPING[model_type](**config).save_pretrained(teacher)
+    assert main(["inspect", str(teacher)]) == 2
+    inspected = capsys.readouterr().err.removeprefix("m2d inspect: ")
+    assert main(["convert", str(teacher), str(out), "--text", str(tiny_text)]) == 2
+    assert capsys.readouterr().err.removeprefix("m2d convert: ") == inspected
+    assert f"{model_type!r} {REFUSED[model_type]}" in inspected
+    assert inspected.count("\n") == 1
+    assert not out.exists()

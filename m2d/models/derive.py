@@ -43,6 +43,9 @@ REFUSED = {
     "longcat_flash": "has experts that pass their input on unchanged, which no FFN does",
     "inkling2": "mixes the outputs of several layers between layers",
     "ernie4_5_vl_moe": "routes text and images to experts of different widths in one layer",
+    "dbrx": "keeps the rows of all experts of a layer in one matrix",
+    "doge": "has no experts that are FFNs: each is one neuron, found by a product of keys",
+    "jetmoe": "has experts in its attention too, which no dense layer replaces",
 }
 
 
