@@ -6,7 +6,7 @@ file in its m2d.json. Small files are compared on every reading; `m2d verify` co
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,36 @@ def require_digest(
             f"{path}: its numbers are not those that were written (the digest differs); the file "
             "was changed or damaged, make it again"
         )
+
+
+def digest_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of a table's rows, their columns in any order."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_record(record: Mapping[str, Any]) -> str:
+    """Of what m2d.json says, but for its own digest, `record_sha256`."""
+    rest = {key: value for key, value in record.items() if key != "record_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet table whose metadata may have their digest, `rows_sha256`.
+
+    Raises UserError where the file is unreadable, or the rows are not those that were written.
+    """
+    import pyarrow.parquet as pq
+
+    with reading(path, "readable as Parquet"):
+        table = pq.read_table(path)
+        rows: list[dict[str, Any]] = table.to_pylist()
+        recorded = notes_of(path).get("rows_sha256")
+        if recorded is not None and recorded != digest_of_rows(rows):
+            raise ValueError(
+                "its numbers are not those that were written; it was changed or damaged, make it "
+                "again"
+            )
+        return rows
 
 
 def digests_in(folder: Path) -> dict[str, str]:

@@ -18,8 +18,10 @@ from typing import Any
 from m2d.artifacts import read_json, sha256_of
 from m2d.errors import UserError
 from m2d.progress import progress, say
+from m2d.sealed import digest_of_record, read_rows
 from m2d.upstream import faults_of
 
+CHANGED = "was changed or damaged: its numbers are not those that were written"
 LOGITS = "index.json"
 STUDENT = "m2d.json"
 
@@ -146,7 +148,12 @@ def _check_file(path: Path) -> Found:
     if about.get("unreadable"):
         found.faults.append("is not readable: cut off, or damaged")
     elif (recorded := about.get("sha256")) is not None and recorded != _digest(path):
-        found.faults.append("was changed or damaged: its numbers are not those that were written")
+        found.faults.append(CHANGED)
+    elif "rows_sha256" in about:
+        try:
+            read_rows(path)
+        except UserError:
+            found.faults.append(CHANGED)
     return found
 
 
@@ -165,13 +172,25 @@ def _digest(path: Path) -> str | None:
     return digest_of(arrays)
 
 
+def record_of(student: Path) -> dict[str, Any] | None:
+    """A student's m2d.json; None where it is damaged."""
+    try:
+        record = read_json(student / STUDENT)
+    except UserError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def _check_student(folder: Path) -> Found:
-    record = read_json(folder / STUDENT)
-    record = record if isinstance(record, dict) else {}
+    record = record_of(folder)
+    if record is None:
+        return Found(folder, "student", faults=[f"{STUDENT} is not readable: cut off, or damaged"])
     teacher = record.get("teacher")
     found = Found(
         folder, "student", teacher.get("fingerprint") if isinstance(teacher, dict) else None
     )
+    if record.get("record_sha256", own := digest_of_record(record)) != own:
+        found.faults.append(f"{STUDENT} was changed or damaged")
     recorded = record.get("files_sha256")
     if not isinstance(recorded, dict):
         found.faults.append("m2d.json has no digests of the files (files_sha256)")
@@ -257,8 +276,8 @@ def compare_upstream(found: list[Found], root: Path) -> None:
     directly = any(one.kind == "file" and one.path.parent == root for one in found)
     for group in [found] if directly else groups_of(found, root).values():
         students = {one.path: one for one in group if one.kind == "student"}
-        records = {path: read_json(path / STUDENT) for path in students}
-        records = {path: record for path, record in records.items() if isinstance(record, dict)}
+        found_records = {path: record_of(path) for path in students}
+        records = {path: record for path, record in found_records.items() if record is not None}
         files = [one.path for one in group if one.kind == "file" and not one.faults]
         if records:
             for folder in sorted({one.path.parent for one in group}):

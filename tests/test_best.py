@@ -62,7 +62,7 @@ def test_bad_files(grid: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no row with a finite perplexity has grouping"):
         best_configuration([grid], grouping="output_cluster")
     (tmp_path / "text.parquet").write_text("text", encoding="utf-8")
-    with pytest.raises(UserError, match="not readable as a grid"):
+    with pytest.raises(UserError, match="not readable as Parquet"):
         best_configuration([tmp_path / "text.parquet"], grouping="round_robin")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from m2d.cli import main
 from m2d.errors import UserError
 from m2d.models.fingerprint import fingerprint
 from m2d.pipeline.best import best_configuration
+from m2d.report.results import read_grid
 from m2d.statistics.files import read_gram, read_routing, write_gram, write_routing
 from m2d.statistics.neurons import read_neurons
 
@@ -278,6 +280,14 @@ def copy(runs: tuple[Run, Run], tmp_path: Path) -> Run:
             for key, path in runs[0].items()}  # fmt: skip
 
 
+def edit(file: Path, key: str) -> None:
+    """Another number in m2d.json than was written."""
+    text = file.read_text()
+    changed = re.sub(rf'("{key}": )(\d+)', r"\g<1>7\2", text, count=1)
+    assert changed != text
+    file.write_text(changed)
+
+
 def test_verify_finds_nothing_in_what_was_not_touched(
     copy: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,6 +316,12 @@ def test_verify_finds_nothing_in_what_was_not_touched(
         ("logits", lambda p: flip(p / "shard-00000.safetensors", 0.9), "shard-00000.safetensors"),
         ("logits", lambda p: (p / "shard-00001.safetensors").unlink(), "is missing"),
         ("stats", lambda p: p.write_bytes(p.read_bytes()[:-9]), "cut off, or damaged"),
+        (
+            "student",
+            lambda p: edit(p / "m2d.json", "parameters"),
+            "m2d.json was changed or damaged",
+        ),
+        ("student", lambda p: (p / "m2d.json").write_text("{"), "m2d.json is not readable"),
     ],
 )
 def test_verify_names_what_was_changed(
@@ -460,6 +476,31 @@ def test_swapped_shards_are_refused(copy: Run, capsys: pytest.CaptureFixture[str
     options = ["--tokens", copy["tokens"], *DISTILL, "--teacher-logits", copy["logits"]]
     assert run(*command, *options) == 2
     assert "is a shard of other outputs" in capsys.readouterr().err
+
+
+def test_a_changed_grid_is_noticed_on_reading_and_by_verify(
+    copy: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = copy["stats"].with_name("grid") / "sf.parquet"
+    grid.parent.mkdir()
+    words = ("grid", copy["teacher"], grid, *chosen(copy)[:6], "--tokens", copy["tokens"])
+    assert run(*words, "--keeps", 2) == 0
+    assert run("verify", grid) == 0
+    best = best_configuration([grid])
+    assert len(read_grid([grid])) > 1
+    table = pq.read_table(grid)
+    worst = table.column("perplexity").to_numpy().copy()
+    worst[-1] = np.nextafter(worst[-1], 0)
+    place = table.schema.names.index("perplexity")
+    changed = table.set_column(place, table.schema.field("perplexity"), [worst])
+    pq.write_table(changed, grid)
+    for reader in (lambda: best_configuration([grid]), lambda: read_grid([grid])):
+        with pytest.raises(UserError, match="not those that were written"):
+            reader()
+    with pytest.raises(SystemExit):
+        run("verify", grid)
+    assert "was changed or damaged" in capsys.readouterr().out
+    assert best["keep"] == 2
 
 
 def test_a_flipped_bit_is_noticed_on_reading(copy: Run) -> None:
@@ -679,8 +720,6 @@ def test_tables_leave_out_what_gave_no_number_and_say_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import pyarrow as pa
-
-    from m2d.report.results import read_grid
 
     file = tmp_path / "teacher" / "grid" / "sf.parquet"
     file.parent.mkdir(parents=True)

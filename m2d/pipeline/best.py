@@ -10,7 +10,7 @@ from typing import Any
 
 from m2d.artifacts import finite, reading
 from m2d.errors import UserError
-from m2d.sealed import noted_tokens, require_same_tokens
+from m2d.sealed import noted_tokens, read_rows, require_same_tokens
 
 AXES = ("scoring", "grouping", "scaling", "keep")
 
@@ -56,10 +56,9 @@ def _tokens(grid: str | Path, version: int) -> str | None:
 @cache
 def _rows(grid: str | Path, version: int) -> list[dict[str, Any]]:
     """The rows of a grid; read once, since a workflow asks thousands of times while it plans."""
-    import pyarrow.parquet as pq
-
     with reading(grid, "readable as a grid"):
-        rows = pq.read_table(grid, columns=[*AXES, "perplexity"]).to_pylist()
+        wanted = (*AXES, "perplexity")
+        rows = [{key: row[key] for key in wanted} for row in read_rows(grid)]
         # None stands for a student that gave no number, which is never the best.
         rows = [row for row in rows if row["perplexity"] is not None]
         for row in rows:

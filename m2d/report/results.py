@@ -27,7 +27,7 @@ from m2d.artifacts import finite, read_json, reading
 from m2d.errors import UserError
 from m2d.methods import table
 from m2d.progress import say
-from m2d.sealed import noted_tokens, notes_of, require_same_tokens
+from m2d.sealed import noted_tokens, notes_of, read_rows, require_same_tokens
 from m2d.students.record import DistillationPart, PlanPart, StudentRecord, read_record
 from m2d.students.variants import ALIGN, INITIAL, MERGED, PRUNED, REFIT, first_variant
 
@@ -119,6 +119,7 @@ def read_grid(files: Iterable[str | Path]) -> pd.DataFrame:
     """
     frames = []
     for file in files:
+        read_rows(file)  # which compares them with their digest
         with reading(file, "readable as Parquet"):
             frame = pd.read_parquet(file)
         missing = {"scoring", "grouping", "scaling", "keep", "plan", "perplexity", "stderr"}

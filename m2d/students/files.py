@@ -10,7 +10,7 @@ from m2d.errors import UserError
 from m2d.models.hub import other_files
 from m2d.models.schemes import MODELOPT_FILE
 from m2d.progress import say
-from m2d.sealed import digests_in
+from m2d.sealed import digest_of_record, digests_in
 from m2d.students.card import model_card
 from m2d.students.record import StudentRecord
 
@@ -81,6 +81,7 @@ def write_record(folder: Path, record: StudentRecord) -> None:
     """
     values = record.model_dump(exclude_unset=True, mode="json")
     values = {"m2d_version": record.m2d_version, **values, "files_sha256": digests_in(folder)}
+    values["record_sha256"] = digest_of_record(values)
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     (folder / "m2d.json").write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")

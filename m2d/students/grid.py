@@ -36,6 +36,7 @@ from m2d.models.widen import held, widen
 from m2d.models.widths import add_groups_option
 from m2d.options import add_compute_options, add_student_options
 from m2d.progress import progress, say
+from m2d.sealed import digest_of_rows
 from m2d.statistics.files import read_layers
 from m2d.students.merge import require_statistics
 from m2d.students.tensors import StudentTensors
@@ -155,6 +156,7 @@ def main(args: argparse.Namespace) -> None:
         table = pa.Table.from_pylist(rows)
         about = {"teacher_fingerprint": teacher.fingerprint, "computed_on": computed_on(device)}
         about["tokens_sha256"] = digest_of_tokens(tokens)
+        about["rows_sha256"] = digest_of_rows(table.to_pylist())
         pq.write_table(table.replace_schema_metadata({"m2d": json.dumps(about)}), temporary)
     say(f"{args.out}: {len(rows)} configurations, {len({row['plan'] for row in rows})} distinct")
 
