@@ -343,7 +343,8 @@ def test_flags_of_what_is_returned_do_not_reach_the_stream(tmp_path: Path) -> No
         ({"num_hidden_layers": 9_000}, "but the tensors are of 2 layers"),
         ({"num_local_experts": 10_000_000}, "no model has more than"),
         ({"vocab_size": 10**9}, "is [300, 32] on disk, but the config implies [1000000000, 32]"),
-        ({"hidden_size": 10**7}, "on disk, but the config implies"),
+        ({"hidden_size": 10**7}, "no model has more than"),
+        ({"hidden_size": 64}, "on disk, but the config implies"),
         ({"num_local_experts": 16}, "tensors are missing"),
     ],
 )

@@ -63,6 +63,7 @@ MOST = {
     "num_experts": 100_000,
     "num_local_experts": 100_000,
     "n_routed_experts": 100_000,
+    "hidden_size": 1_000_000,
 }
 
 
@@ -169,9 +170,9 @@ def _check_counts(folder: Path, raw: dict[str, Any]) -> None:
     """Raise a UserError for counts that no model has, or more layers than the folder's tensors."""
     file = folder / "config.json"
     for key, most in MOST.items():
-        value = raw.get(key)
-        if isinstance(value, int) and value > most:
-            raise UserError(f"{file}: {key} is {value}; no model has more than {most}")
+        for value in (raw.get(key), text_part(raw).get(key)):
+            if isinstance(value, int) and value > most:
+                raise UserError(f"{file}: {key} is {value}; no model has more than {most}")
     layers = text_part(raw).get("num_hidden_layers")
     if not isinstance(layers, int) or not has_weights(folder):
         return

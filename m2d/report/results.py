@@ -188,8 +188,13 @@ def require_one_source(files: Iterable[str | Path]) -> None:
 
 
 def _noted_weights(file: str | Path) -> Iterator[tuple[Place, str]]:
-    """The models that a file names by their fingerprints."""
-    about = notes_of(file)
+    """The models that a file names by their fingerprints; of a damaged one its own reader tells."""
+    try:
+        about = notes_of(file)
+    except UserError:
+        return
+    if not about.keys() & {"teacher", "teacher_fingerprint", "model_fingerprint"}:
+        return
     statistics = "teacher_fingerprint" in about and Path(file).parent.name != "grid"
     place = Place(Path(file).absolute().parent.name, "", "") if statistics else place_of(file)
     section = about.get("teacher")
