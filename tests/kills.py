@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from m2d import cli
+from m2d.sealed import digest_of_record
 from tests.fuzz import CHOSEN, DISTILL, METHODS, TABLES, make_sound, tokenize
 
 EVENTS = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree", "open")
@@ -42,9 +43,11 @@ STAGES: dict[str, tuple[str, ...]] = {
     "distill": (*DISTILL, "--checkpoint-minutes", "0"),
     "tables": ("tables", "out", *TABLES),
 }
-# What tells the time, and, in the digests of m2d.json, that of a file that does; the file itself is
-# compared without its times.
-TIMES = ("seconds", "tokens_per_second", "made_s", "measured_s", "metrics.jsonl")
+# What tells the time, and, in m2d.json, the digests of a file that does and of the record itself;
+# both are compared without their times, and the record's digest with the record.
+TIMES = (
+    "seconds", "tokens_per_second", "made_s", "measured_s", "metrics.jsonl", "record_sha256"
+)  # fmt: skip
 # What a run removes last, and the next one of that name removes or goes on from.
 WORK = re.compile(r"\.out\.(?:layers|checkpoints)-")
 
@@ -109,7 +112,9 @@ def content_of(file: Path) -> str:
         lines = file.read_text().splitlines()
         return json.dumps([without_times(json.loads(line)) for line in lines])
     if file.name == "m2d.json":
-        return json.dumps(without_times(json.loads(file.read_text())))
+        record = json.loads(file.read_text())
+        sealed = record.get("record_sha256") == digest_of_record(record)
+        return json.dumps([sealed, without_times(record)])
     if file.read_bytes()[:4] == b"PAR1":
         import pyarrow.parquet as pq
 
