@@ -26,6 +26,7 @@ rule align_student:
         "<logs>/align_student/{teacher}/{student}.log",
     benchmark:
         "<benchmarks>/align_student/{teacher}/{student}.tsv"
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1

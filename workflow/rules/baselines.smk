@@ -19,6 +19,7 @@ rule prune_student:
         "<benchmarks>/prune_student/{teacher}/{student}.tsv"
     wildcard_constraints:
         student=students_of_kind("d2d"),
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1
@@ -50,6 +51,7 @@ rule initialise_student:
         "<benchmarks>/initialise_student/{teacher}/{student}.tsv"
     wildcard_constraints:
         student=students_of_kind("random_ffn", "random_init"),
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1

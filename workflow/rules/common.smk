@@ -34,6 +34,10 @@ gc.set_threshold(1_000_000)
 ENVIRONMENT = os.path.abspath(".snakemake/m2d.yaml")
 environment_file(ENVIRONMENT)
 
+# The priority of what students are made with and of, up to distillation, the longest. What only
+# measures waits, and fills the cores at the end.
+FIRST = 1
+
 # The folder of the Snakefile, also where another workflow takes it as a module.
 WORKFLOW = Path(str(workflow.current_basedir)).parent
 

@@ -66,6 +66,7 @@ rule distill_student:
         "<logs>/distill_student/{teacher}/{student}/{recipe}.log",
     benchmark:
         "<benchmarks>/distill_student/{teacher}/{student}/{recipe}.tsv"
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1

@@ -29,6 +29,7 @@ rule fold_teacher:
         "<logs>/fold_teacher/{teacher}/{fold}.log",
     benchmark:
         "<benchmarks>/fold_teacher/{teacher}/{fold}.tsv"
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1
@@ -59,6 +60,7 @@ rule compute_folded_gram:
         "<logs>/compute_folded_gram/{teacher}/{fold}.log",
     benchmark:
         "<benchmarks>/compute_folded_gram/{teacher}/{fold}.tsv"
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1

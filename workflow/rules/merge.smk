@@ -41,6 +41,7 @@ rule merge_student:
         student="|".join(
             [students_of_kind("experts", "chosen"), choices.BEST, choices.DESCRIBED]
         ),
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1

@@ -18,6 +18,7 @@ rule measure_neurons:
         "<logs>/measure_neurons/{teacher}/{neurons}.log",
     benchmark:
         "<benchmarks>/measure_neurons/{teacher}/{neurons}.tsv"
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1
@@ -57,6 +58,7 @@ rule merge_neurons:
         "<benchmarks>/merge_neurons/{teacher}/{student}.tsv"
     wildcard_constraints:
         student=students_of_kind("neurons"),
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1

@@ -59,6 +59,7 @@ checkpoint rank_experts:
         "<logs>/rank_experts/{teacher}/{scoring}.log",
     benchmark:
         "<benchmarks>/rank_experts/{teacher}/{scoring}.tsv"
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1
@@ -85,6 +86,7 @@ checkpoint rank_folded_experts:
         "<logs>/rank_folded_experts/{teacher}/{fold}/{scoring}.log",
     benchmark:
         "<benchmarks>/rank_folded_experts/{teacher}/{fold}/{scoring}.tsv"
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1

@@ -23,6 +23,7 @@ rule refit_student:
         "<logs>/refit_student/{teacher}/{student}.log",
     benchmark:
         "<benchmarks>/refit_student/{teacher}/{student}.tsv"
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1

@@ -39,6 +39,7 @@ rule compute_statistics:
     wildcard_constraints:
         teacher=any_of(name for name in config["teachers"] if not shares_of(name)),
     cache: "omit-software"
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1
@@ -71,6 +72,7 @@ rule compute_gram:
     wildcard_constraints:
         teacher=any_of(name for name in config["teachers"] if not shares_of(name)),
     cache: "omit-software"
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1
@@ -106,6 +108,7 @@ rule compute_share:
         kind="stats|gram",
         share="[0-9]+",
         shares="[0-9]+",
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1
@@ -137,6 +140,7 @@ rule combine_statistics:
     wildcard_constraints:
         teacher=any_of(filter(shares_of, config["teachers"])),
         statistics=any_of(SHARED_BY),
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1

@@ -53,6 +53,7 @@ rule store_teacher_logits:
         "<logs>/store_teacher_logits/{teacher}/{logits}/{part}-of-{parts}.log",
     benchmark:
         "<benchmarks>/store_teacher_logits/{teacher}/{logits}/{part}-of-{parts}.tsv"
+    priority: FIRST
     conda:
         ENVIRONMENT
     threads: 1
