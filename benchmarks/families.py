@@ -102,7 +102,16 @@ def table(rows: list[dict[str, str]]) -> str:
         f"one, {len(rows)} model types, on a tiny random model with {EXPERTS} experts that the "
         "router weighs alike and takes all, through files on disk in float32. The error is the "
         "relative distance of the student's logits from the teacher's: a few 1e-7 is rounding. "
-        "Random weights make what is approximated look worse than it is in a trained model.",
+        "Random weights make what is approximated look worse than it is in a trained model. "
+        "Where a token takes one expert in any config (Zaya), the experts are all the same.",
+        "",
+        "**Gemma 4** adds two branches in every layer, a dense FFN and the experts' sum, each with "
+        "norms of its own before and after it. The student keeps both: the dense branch and all "
+        "norms as they are, and one expert, always taken, in place of the others. That is exact as "
+        "for any family. But the norm after the experts' sum takes out a factor that all groups "
+        "share, so a scaling matters only by the groups' proportions; and no closed form fits a "
+        "down projection through a norm, so such a student has no refit and no alignment before "
+        "distillation. One dense FFN in place of both branches could hold neither's norms.",
         "",
         f"{len(done)} of {len(rows)} convert.",
         "",

@@ -113,6 +113,11 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# A token takes one expert in any config, or none, which has a row of the router, too: one that
+# weighs all alike says nothing of the others, so all experts are the same.
+ALIKE = ("zaya",)
+
+
 def model_types() -> list[str]:
     """Model types of generators of text whose modelling file has experts."""
     models = Path(transformers.__file__).parent / "models"
@@ -195,7 +200,8 @@ def write_teacher(config: Any, folder: Path, uniform: bool = True) -> PreTrained
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if not tensor.is_floating_point() or "inv_freq" in name:
                 continue
-            per_expert = tensor.ndim >= 1 and tensor.shape[0] == EXPERTS
+            rows = (EXPERTS, EXPERTS + 1) if config.model_type in ALIKE else (EXPERTS,)
+            per_expert = tensor.ndim >= 1 and tensor.shape[0] in rows and "balanc" not in name
             others = ("shared", "attn", "mixer.", "vis", "scale")
             routes = per_expert and (ROUTER.search(name) or "bias" in name)
             if uniform and routes and not any(word in name for word in others[:2] + others[3:]):
@@ -207,5 +213,9 @@ def write_teacher(config: Any, folder: Path, uniform: bool = True) -> PreTrained
                 and "A_log" not in name
             ):
                 tensor.normal_(0, 1.0 if "embed" in name else 0.3)
+        if config.model_type in ALIKE:
+            for name, tensor in model.named_parameters():
+                if ".experts." in name:
+                    tensor.copy_(tensor[:1].expand_as(tensor))
     model.save_pretrained(folder)
     return model

@@ -21,14 +21,15 @@ from m2d.devices import compute_dtype, dtype_name, pick_device
 from m2d.errors import UserError
 from m2d.models.folded import Folds
 from m2d.models.resume import Keeper, Kept, Together, identity, keeper, remove_kept
+from m2d.models.skeleton import auto_class
 from m2d.models.stream import StreamedTeacher
-from m2d.models.teacher import STUDENT_CLASSES, Teacher, open_teacher
+from m2d.models.teacher import STUDENT_CLASSES, Teacher, open_teacher, read_config
 from m2d.models.widths import add_groups_option, add_width_options, chosen_width
 from m2d.options import AUTO, add_compute_options, add_student_options, number, positive
 from m2d.progress import say
 from m2d.recipes import RECIPES, settled
 from m2d.refit.align import AlignSettings, align_student
-from m2d.refit.fold import MODES, collect_folds, fold_record
+from m2d.refit.fold import MODES, collect_folds, fold_record, require_foldable
 from m2d.refit.halves import block_path
 from m2d.refit.refit import VARIANTS, WEIGHTINGS, refit_record, write_refitted
 from m2d.refit.refit import refit as refit_student
@@ -175,6 +176,8 @@ def convert(
         source = ", ".join(Path(file).name for file in ([tokens] if tokens else text or []))
     if how.refit or how.align:
         block_path(opened.family)  # before any pass, whether the family has one
+    if how.fold:
+        require_foldable(opened)
     if (how.refit or how.fold or how.align) and len(input_ids) < 2:
         raise UserError(
             "fold, refit and align need at least 2 sequences: some to fit, some to hold out"
@@ -368,4 +371,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     options = {k: v for k, v in vars(args).items() if k not in ("command", "debug")}
     out = convert(**options)
-    say(f"{out}: done; load it with AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    kind = auto_class(read_config(out)[1]).__name__
+    say(f"{out}: done; load it with {kind}.from_pretrained({str(out)!r})")

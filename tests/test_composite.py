@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, make_tokenizer
+from family_quantized import slow_fp8, to_fp8
 from family_teachers import randomise
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    InternVLConfig,
+    InternVLVisionConfig,
     Qwen3_5MoeConfig,
+    Qwen3MoeConfig,
     Qwen3VLMoeConfig,
 )
 
@@ -25,6 +30,11 @@ from m2d.evaluate.perplexity import measure
 from m2d.inspect import text_student
 
 EXPERTS, LAYERS = 4, 2
+# What FP8 checkpoints leave as it is.
+KEPT = (
+    "embed", "norm", "lm_head", "gate.weight", "conv", "bias", "A_log", "in_proj_a", "in_proj_b",
+    "mtp", "position", "cls_token", "mask_token",
+)  # fmt: skip
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": LAYERS,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": EXPERTS,
@@ -54,7 +64,27 @@ KINDS: dict[str, tuple[Any, str, str]] = {
         "Qwen3_5ForConditionalGeneration",
         "Qwen3_5ForCausalLM",
     ),
+    # Its text model may be of any class. The whole model's own key ties the head.
+    "internvl": (
+        lambda: InternVLConfig(
+            text_config=Qwen3MoeConfig(**TEXT, norm_topk_prob=True),
+            vision_config=InternVLVisionConfig(
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=[32, 32],
+                patch_size=[8, 8],
+            ),
+            image_token_id=99,
+            tie_word_embeddings=True,
+        ),
+        "InternVLForConditionalGeneration",
+        "Qwen3ForCausalLM",
+    ),
 }
+# Beginnings of the names of what is not of the text model, as m2d.json has them.
+CARRIED = {"internvl": ["multi_modal_projector", "vision_tower"]}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -87,6 +117,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+PARTS = re.compile("visual|vision_tower|multi_modal")
 IDS = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(3))
 
 
@@ -103,12 +134,15 @@ def test_a_composite_student_is_exact_and_carries_the_rest(
     expected = AutoModelForImageTextToText.from_pretrained(folder)(input_ids=IDS).logits
     assert relative_error(student(input_ids=IDS).logits, expected) < 5e-6
     theirs, ours = (load_file(f / "model.safetensors") for f in (folder, out))
-    vision = {name for name in theirs if "visual" in name}
-    assert vision == {name for name in ours if "visual" in name}
+    vision = {name for name in theirs if PARTS.search(name)}
+    assert vision == {name for name in ours if PARTS.search(name)}
     assert all(torch.equal(theirs[name], ours[name]) for name in vision)
     assert not any("mtp" in name for name in ours)
     record = json.loads((out / "m2d.json").read_text())
-    assert record["carried"] == ["model.visual"]
+    carried = {name.split(".")[0] for name in record["carried"]} if kind == "internvl" else None
+    assert (sorted(carried) if carried else record["carried"]) == CARRIED.get(
+        kind, ["model.visual"]
+    )
     assert record.get("dropped", []) == (["mtp."] if kind == "qwen3_5_moe" else [])
     assert (out / "preprocessor_config.json").read_text() == '{"size": 1}'
 
@@ -121,14 +155,14 @@ def test_what_is_carried_over_may_hold_infinities(
     folder = tmp_path / "teacher"
     shutil.copytree(teacher[1], folder)
     tensors = load_file(folder / "model.safetensors")
-    carried = next(name for name in tensors if "visual" in name)
+    carried = next(name for name in tensors if PARTS.search(name))
     tensors[carried].view(-1)[0] = torch.inf
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     out = m2d.convert(folder, tmp_path / "student", refit="layer", **settings)
     assert torch.equal(load_file(out / "model.safetensors")[carried], tensors[carried])
     ids = torch.randint(3, 90, (2, 12))
     assert math.isfinite(measure(out, ids, 2, "float32", torch.device("cpu")).perplexity)
-    norm = next(name for name in tensors if name.endswith("norm.weight") and "visual" not in name)
+    norm = next(name for name in tensors if name.endswith("norm.weight") and not PARTS.search(name))
     tensors[norm].view(-1)[0] = torch.inf
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="not finite"):
@@ -190,3 +224,58 @@ def test_text_only_of_a_text_model_is_refused(
     config.save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path), "--text-only"]) == 2
     assert "leave out --text-only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_composite_teacher_is_distilled_on_text(
+    quantised: bool,
+    teacher: tuple[str, Path],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Aligned and distilled, from the teacher and from its stored logits; the rest is carried.
+
+    Where the teacher's file has the rest in FP8, the student's has it as it was dequantised.
+    """
+    kind, folder = teacher
+    carried = {n: t for n, t in load_file(folder / "model.safetensors").items() if PARTS.search(n)}
+    if quantised:
+        folder = to_fp8(shutil.copytree(folder, tmp_path / "fp8"), (16, 16), KEPT)
+        plain = slow_fp8(folder, (16, 16))
+        assert any(not torch.equal(plain[name], carried[name]) for name in carried)
+        carried = {name: plain[name] for name in carried}
+    student, aligned, out = (tmp_path / name for name in ("student", "aligned", "out"))
+    m2d.convert(folder, student, dtype="float32", **settings)
+    tokens = tmp_path / "tokens.safetensors"
+    save_file({"input_ids": IDS.repeat(2, 1)}, tokens, {"sequences": "4", "length": "14"})
+    ours = ["--tokens", str(tokens)]
+    steps = ["--steps", "2", "--batch", "2", "--device-batch", "2"]
+    sizes = ["--steps", "2", "--step-tokens", "28"]
+    logits = tmp_path / "logits"
+    for command in (
+        ["align", student, folder, aligned, *ours, *sizes],
+        ["distill", aligned, folder, out, *ours, *steps],
+        ["teacher-logits", folder, logits, *ours, "--size", "8"],
+        [
+            "distill",
+            aligned,
+            folder,
+            tmp_path / "stored",
+            *ours,
+            *steps,
+            "--teacher-logits",
+            logits,
+        ],
+    ):
+        assert main([str(part) for part in command]) in (0, None), capsys.readouterr().err
+    for made in (aligned, out, tmp_path / "stored"):
+        model, info = AutoModelForImageTextToText.from_pretrained(made, output_loading_info=True)
+        assert type(model).__name__ == KINDS[kind][1]
+        assert not any(info.values())
+        found = load_file(made / "model.safetensors")
+        rest = {name for name in found if PARTS.search(name)}
+        assert rest == set(carried)
+        assert all(torch.equal(found[name], tensor) for name, tensor in carried.items())
+        with torch.no_grad():
+            assert bool(model(input_ids=IDS).logits.isfinite().all())

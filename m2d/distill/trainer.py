@@ -22,6 +22,7 @@ from m2d.distill.loss import Head, distillation_loss, stored_loss
 from m2d.distill.optimizers import OPTIMIZERS
 from m2d.distill.settings import DistillSettings
 from m2d.errors import UserError
+from m2d.models.skeleton import decoder_of
 from m2d.settings import Count, NotNegative, Positive, Whole
 from m2d.tokens.dataset import PackedTokens
 
@@ -71,7 +72,9 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Hidden states after the last norm, [batch, length, H]."""
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    # Llama 4's composite model has no base model; its decoder gives the same for text.
+    base = decoder_of(model) if model.base_model is model else model.base_model
+    return base(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 @torch.no_grad()

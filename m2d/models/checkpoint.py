@@ -47,7 +47,7 @@ class Checkpoint:
         family = known_family(str(self.config.get("model_type")))
         layout = canonical(folder, found, family, self.config, names)
         self.entries: dict[str, AnyEntry] = layout.entries
-        self.on_disk, self.fused = layout.on_disk, layout.fused
+        self.on_disk, self.fused, self.plain = layout.on_disk, layout.fused, layout.plain
         self.files = found  # by name on disk, as it lies there
 
     def __contains__(self, name: str) -> bool:

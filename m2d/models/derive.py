@@ -129,13 +129,17 @@ def describe(
 
 
 def _router(block: nn.Module, experts: str, count: int) -> str | None:
-    """Path, in the block, of what has a weight of one row per expert."""
-    for path, module in block.named_modules():
-        weight = dict(module.named_parameters(recurse=False)).get("weight")
-        rows = weight is not None and weight.dim() == 2 and weight.shape[0] == count
-        inside = path.startswith((f"{experts}.", "shared", "self_attn", "mlp"))
-        if rows and path != experts and not inside:
-            return path
+    """Path, in the block, of what has a weight of one row per expert.
+
+    Some have one row more, the last, of an expert that does nothing (Zaya).
+    """
+    for rows in (count, count + 1):
+        for path, module in block.named_modules():
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            inside = path.startswith((f"{experts}.", "shared", "self_attn", "mlp"))
+            fits = weight is not None and weight.dim() == 2 and weight.shape[0] == rows
+            if fits and path != experts and not inside:
+                return path
     return None
 
 

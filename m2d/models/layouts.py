@@ -35,6 +35,8 @@ class Layout:
     experts, the fused name."""
     fused: bool
     """Whether all experts of a layer are one tensor on disk."""
+    plain: dict[str, AnyEntry]
+    """By name on disk, what is quantised as one that is dequantised when it is read."""
 
 
 def canonical(
@@ -56,7 +58,7 @@ def canonical(
     text = config.get("text_config")
     size = (text if isinstance(text, dict) else config).get("hidden_size")
     fused = _split_experts(folder, renamed, names, family, dtype, size) if family else False
-    return Layout(renamed, names, fused)
+    return Layout(renamed, names, fused, plain)
 
 
 def _float_dtype(config: dict[str, Any]) -> torch.dtype:

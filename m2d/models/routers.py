@@ -89,6 +89,7 @@ def probe(
     its output [N, H] and the recorder, whose answer was random.
     """
     block = copy.deepcopy(block)
+    made = {name: b.clone() for name, b in block.named_buffers() if not b.is_meta}
     recorder = _Recorder(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)))
     block.set_submodule(experts, recorder)
     block = block.to_empty(device="cpu").float()
@@ -97,7 +98,9 @@ def probe(
         of_router = name.startswith(f"{router}.") or "." not in name
         if name.startswith(f"{experts}."):
             continue
-        if name in dict(block.named_buffers()) or (of_router and seed is None):
+        if name in made:
+            tensor.copy_(made[name])  # as the class makes them
+        elif name in dict(block.named_buffers()) or (of_router and seed is None):
             tensor.zero_()
         else:
             tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2d.errors import UserError
@@ -72,6 +72,8 @@ def with_student(
 def _sibling(family: Family, config: PretrainedConfig) -> Iterator[Fields]:
     """Students of a dense class."""
     kind = config.model_type.removesuffix("_text")
+    if holds_any_text(config):
+        kind = config.get_text_config().model_type
     sibling = SIBLINGS.get(kind)
     if family.text_only or config.model_type != kind:
         sibling = TEXT_SIBLINGS.get(kind, sibling)
@@ -159,12 +161,14 @@ def student_raw(
     inner = _text_raw(family, text, inner, changes)
     if key is None:
         return inner
+    # A composite model's own key says whether its head is tied, whatever its text config has.
+    tied = bool(getattr(config, "tie_word_embeddings", False))
     if family.text_only:
         for name in ("dtype", "torch_dtype"):
             if name in raw and name not in inner:
                 inner[name] = raw[name]
-        return inner
-    outer = {**raw, key: inner}
+        return inner | {"tie_word_embeddings": tied}
+    outer = {**raw, key: inner, "tie_word_embeddings": tied}
     sibling = _outer_type(family, config)
     if sibling != config.model_type:
         outer["model_type"] = sibling
@@ -178,9 +182,14 @@ def student_raw(
 
 def _outer_type(family: Family, config: PretrainedConfig) -> str:
     """The model_type of a composite student."""
-    if family.student_model_type == config.get_text_config().model_type:
-        return config.model_type
-    return SIBLINGS[config.model_type]
+    same = family.student_model_type == config.get_text_config().model_type
+    return config.model_type if same or holds_any_text(config) else SIBLINGS[config.model_type]
+
+
+def holds_any_text(config: PretrainedConfig) -> bool:
+    """Whether it is a composite config whose text model may be of any class, as InternVL's is."""
+    key = text_key(config)
+    return key is not None and config.sub_configs[key] is AutoConfig
 
 
 def _text_raw(

@@ -5,6 +5,7 @@ The class, and what its config says otherwise, is m2d/models/sibling.py's.
 
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from m2d.models.schemes import QUANTISATION_KEYS
@@ -50,6 +51,12 @@ def build_student_skeleton(
     """The student's config.json and its stock class on the meta device."""
     raw = student_config(teacher, student_width(teacher, plan_width))
     return raw, student_skeleton(raw, teacher.folder)
+
+
+def made_buffers(skeleton: PreTrainedModel) -> dict[str, Tensor]:
+    """Stored buffers of a model on the meta device, as its class makes them, by name."""
+    stored = skeleton.state_dict()
+    return {n: b for n, b in skeleton.named_buffers() if n in stored and not b.is_meta}
 
 
 def stored_shapes(skeleton: PreTrainedModel, whole: bool = False) -> dict[str, tuple[int, ...]]:

@@ -38,7 +38,7 @@ from m2d.models.folded import (
 from m2d.models.resume import Keeper, identity, keeper, remove_kept
 from m2d.models.routers import RouterRows
 from m2d.models.stream import StreamedTeacher
-from m2d.models.teacher import open_teacher
+from m2d.models.teacher import Teacher, layers_of, open_teacher
 from m2d.options import add_compute_options, number
 from m2d.progress import say
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
@@ -242,6 +242,18 @@ def projections_of(router: RouterRows) -> list[nn.Linear]:
     return [cast(nn.Linear, router.shared_expert.get_submodule(name)) for name in names]
 
 
+def require_foldable(teacher: Teacher) -> None:
+    """Raise a UserError where the router's rows are of another space than the experts' inputs."""
+    family = teacher.family
+    layer = layers_of(teacher.skeleton)[teacher.moe_layers[0]]
+    size = layer.get_submodule(family.router).get_parameter("weight").shape[1]
+    if size != teacher.expert_size:
+        raise UserError(
+            f"{family.model_type}: its router does not read what its experts read, so it cannot be "
+            "folded into their gates; leave out fold"
+        )
+
+
 def router_directions(router: nn.Module, centred: bool) -> tuple[Tensor, Tensor]:
     """a_e [E, H] and the same of the router's bias [E], float32."""
     rows = cast(Tensor, router.weight).detach().float()
@@ -355,6 +367,7 @@ def collect_folds(
     the held-out tokens are left as they are. Raises UserError for fewer than 2 sequences.
     """
     family = stream.teacher.family
+    require_foldable(stream.teacher)
     held_out = splits_for(tokens, held_out_every)
     totals = FoldTotals(
         held_out, tokens.shape[1], mode, alpha, family.probabilities, family.router_float32

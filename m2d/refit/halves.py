@@ -89,7 +89,7 @@ def run_halves(layer: nn.Module, block: nn.Module, hidden: Tensor, call: dict[st
 
     def keep_out(module: nn.Module, args: Any, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
-        caught.append((args[0], first))
+        caught.append((args[0], first.view_as(args[0])))  # some flatten the tokens
         zeros = torch.zeros_like(first)
         return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
 

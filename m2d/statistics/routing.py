@@ -48,15 +48,17 @@ def routing_sums(
         return sums.index_add_(0, flat, values.double().reshape(-1))
 
     norms = norms.double()
+    # A weight of 0 stands for an expert that was not taken (Zaya, where a token takes none).
+    taken = (weights != 0).double()
     return {
         "n_tokens": torch.tensor(tokens, dtype=torch.float64),
-        "n_selected": by_expert(torch.ones_like(norms)),
+        "n_selected": by_expert(taken),
         "prob_sum": probabilities.double().sum(0),
-        "prob_sum_selected": by_expert(probabilities.gather(1, index)),
+        "prob_sum_selected": by_expert(probabilities.gather(1, index).double() * taken),
         "weight_sum": by_expert(weights),
-        "out_norm_sum_selected": by_expert(norms),
+        "out_norm_sum_selected": by_expert(norms * taken),
         "weighted_out_norm_sum": by_expert(weights.double() * norms),
-        "out_sq_norm_sum_selected": by_expert(norms.square()),
+        "out_sq_norm_sum_selected": by_expert(norms.square() * taken),
     }
 
 

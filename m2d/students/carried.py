@@ -3,25 +3,26 @@
 import re
 
 from m2d.models.checkpoint import Checkpoint
-from m2d.models.entries import Entry
+from m2d.models.entries import AnyEntry
 from m2d.models.parameters import MTP
 from m2d.models.skeleton import in_text, text_key
 from m2d.models.teacher import Teacher
 
 
-def carried_tensors(teacher: Teacher, checkpoint: Checkpoint) -> dict[str, Entry]:
+def carried_tensors(teacher: Teacher, checkpoint: Checkpoint) -> dict[str, AnyEntry]:
     """By name on disk, what a composite teacher's student takes over byte by byte.
 
     Everything outside the text model (vision tower, projector), but for heads that predict several
-    tokens, which go with the layers that they were trained on.
+    tokens, which go with the layers that they were trained on. What is quantised there is taken
+    over as it is dequantised, since the student's config says of no quantisation.
     """
     if text_key(teacher.skeleton.config) is None or teacher.family.text_only:
         return {}
     of_text, family = in_text(teacher.skeleton), teacher.family
-    names = family.names.of(checkpoint.files) if family.names else {}
+    names = family.names.of(checkpoint.plain) if family.names else {}
     return {
         name: entry
-        for name, entry in checkpoint.files.items()
+        for name, entry in checkpoint.plain.items()
         if not of_text(names[name].name if name in names else name) and not MTP.search(name)
     }
 

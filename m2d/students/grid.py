@@ -30,7 +30,7 @@ from m2d.evaluate.perplexity import digest_of_tokens, loaded_nll, make_result
 from m2d.methods import Table
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.skeleton import move_text, text_paths
-from m2d.models.student import build_student_skeleton, stored_shapes
+from m2d.models.student import build_student_skeleton, made_buffers, stored_shapes
 from m2d.models.teacher import Teacher, open_teacher
 from m2d.models.widen import held, widen
 from m2d.models.widths import add_groups_option
@@ -83,6 +83,7 @@ class GridStudent:
             stored_shapes(skeleton),
             held(teacher.dtype, dtype),
             store.read,
+            buffers=made_buffers(skeleton),
         )
         specs = self.tensors.specs(first)
         state = {name: self.tensors.make(name, first) for name in specs}

@@ -6,6 +6,7 @@ meta device) those to write.
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from m2d.choose.scaling import SCALINGS
 from m2d.devices import pick_dtype
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Content, Spec, write_checkpoint
-from m2d.models.entries import Entry
+from m2d.models.entries import AnyEntry, Entry, read_entry
 from m2d.models.fingerprint import marks_of, require_teacher
 from m2d.models.folded import Folds, folds_of, with_shared_scales
 from m2d.models.hub import licence_of, revision_of
-from m2d.models.student import build_student_skeleton, stored_shapes
+from m2d.models.student import build_student_skeleton, made_buffers, stored_shapes
 from m2d.models.teacher import Teacher, count_parameters, open_teacher
 from m2d.models.widths import add_groups_option, add_width_options, chosen_width
 from m2d.options import DTYPES, add_student_options, positive
@@ -73,6 +74,7 @@ def write_student(
         dtype,
         hub_names=True,
         folds=folds,
+        buffers=made_buffers(skeleton),
     )
     specs = tensors.specs(plan)
     carried = carried_tensors(teacher, checkpoint)
@@ -82,8 +84,8 @@ def write_student(
     record = describe(teacher, plan, skeleton, dtype_name).having(**parts, **(provenance or {}))
 
     def content(name: str) -> Content:
-        if name in carried:
-            return [carried[name]]
+        if entry := carried.get(name):
+            return [entry] if isinstance(entry, Entry) else read_entry(entry, name)
         return tensors.copied(name, plan) or tensors.make(name, plan)
 
     return write_folder(
@@ -133,9 +135,18 @@ def write_folder(
 
 
 def write_into(folder: Path, name: str, value: dict[str, Any]) -> None:
-    """A JSON file in a folder that is itself still temporary."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """A JSON file in a folder that is itself still temporary; infinities as transformers writes."""
+    text = json.dumps(_encoded(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / name).write_text(text, encoding="utf-8")
+
+
+def _encoded(value: Any) -> Any:
+    """A value in proper JSON, which has no infinities: m2d.models.teacher.read_config's inverse."""
+    if isinstance(value, dict):
+        return {key: _encoded(item) for key, item in value.items()}
+    if isinstance(value, float) and math.isinf(value):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    return [_encoded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def describe(
@@ -155,7 +166,9 @@ def describe(
     return about_models(teacher, skeleton).having(plan=short, dtype=dtype)
 
 
-def parts_record(teacher: Teacher, carried: dict[str, Entry], dropped: list[str]) -> dict[str, Any]:
+def parts_record(
+    teacher: Teacher, carried: dict[str, AnyEntry], dropped: list[str]
+) -> dict[str, Any]:
     """What m2d.json says of parts besides the text model, and of what is approximated."""
     about: dict[str, Any] = {}
     if carried:

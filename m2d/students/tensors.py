@@ -62,7 +62,8 @@ class StudentTensors:
     """Every tensor of the student, made on request from the teacher's checkpoint and the plan.
 
     `shapes` are those of the student's stock class, by name; `read` may be replaced by one that
-    keeps tensors in memory; `folds` fold the experts' gates. Names are those of the class's
+    keeps tensors in memory; `folds` fold the experts' gates; `buffers` are those that the class
+    makes, by name. Names are those of the class's
     parameters or, with `hub_names`, those under which the teacher's own repository keeps what is in
     the student's files.
     """
@@ -76,7 +77,9 @@ class StudentTensors:
         read: Callable[[str], Tensor] | None = None,
         hub_names: bool = False,
         folds: Folds | None = None,
+        buffers: dict[str, Tensor] | None = None,
     ):
+        self.buffers = buffers or {}
         self.folds = {i: fold for i, fold in (folds or {}).items() if fold.folds}
         self.family, self.checkpoint, self.shapes, self.dtype = family, checkpoint, shapes, dtype
         self.read = read or checkpoint.read
@@ -170,7 +173,10 @@ class StudentTensors:
             return self._fit(name, self._merge(layer, output))
         found = self.checkpoint.entry(output.source)
         if self._is_router(output, found.shape):
-            # All experts are taken whatever the router says, alike; zeros say so.
+            # All experts are taken whatever the router says, alike; zeros say so, and what the
+            # class itself makes of its buffers.
+            if (own := self.buffers.get(output.source)) is not None:
+                return own.to(self.dtype or found.dtype)
             scale = output.source.endswith("scale")
             fill = torch.ones if scale else torch.zeros
             return fill(output.shape, dtype=self.dtype or found.dtype)
