@@ -10,7 +10,7 @@ rows, H hidden size (the student's and the teacher's may differ), V vocabulary. 
 teacher's probabilities, q the student's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +158,19 @@ def distillation_loss(
         return loss_of_rows
 
     return apply_head(student_TH, student_head, loss_of_chunk, chunk)
+
+
+def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Sum over tokens of |s - t|^2 / |t|^2, mean over the layers; float32 scalar, differentiable.
+
+    student, teacher: hidden states [T, H] after each layer, as many of both and of the same shapes.
+    """
+    total = torch.zeros((), device=student[0].device)
+    for s_TH, t_TH in zip(student, teacher, strict=True):
+        t_TH = t_TH.float()
+        size_T = t_TH.square().sum(-1).clamp_(min=torch.finfo(torch.float32).tiny)
+        total = total + ((s_TH.float() - t_TH).square().sum(-1) / size_T).sum()
+    return total / len(student)
 
 
 def partial_forward_kl(z_RV: Tensor, ids_Rn: Tensor, p_Rn: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,7 @@ GROUPS = {
         "loss_implementation",
         "temperature",
         "cross_entropy_weight",
+        "hidden_loss_weight",
         "teacher_top_k",
     ),
     "compute": (
@@ -211,6 +212,8 @@ def open_outputs(args: argparse.Namespace, vocabulary: int, of_teacher: int) -> 
         return None
     if args.loss != "forward_kl" or args.temperature != 1 or args.cross_entropy_weight:
         raise UserError("--teacher-logits: goes with --loss forward_kl at temperature 1 alone")
+    if args.hidden_loss_weight:
+        raise UserError("--teacher-logits: holds no hidden states; leave --hidden-loss-weight away")
     if args.teacher_top_k or args.teacher_dtype != AUTO:
         raise UserError(
             "--teacher-logits: the teacher's top-k and dtype were chosen in m2d teacher-logits; "
@@ -307,6 +310,8 @@ def run(args: argparse.Namespace) -> None:
         trainer.check_head(teacher, sample, args.teacher)
     student = load_model(student_folder, student_config, torch.float32, device)
     trainer.check_head(student, sample, str(args.student))
+    if recipe.hidden_loss_weight:
+        trainer.check_states(student, teacher, sample)
 
     newest = broadcast(lambda: newest_sound(work))
     if first:

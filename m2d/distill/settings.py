@@ -51,6 +51,8 @@ class DistillSettings(Section):
     """Of both distributions."""
     cross_entropy_weight: Share = 0.0
     """Share of the next-token loss."""
+    hidden_loss_weight: NotNegative = 0.0
+    """Weight of the hidden states' distance from the teacher's, added to the loss; 0 for none."""
     teacher_top_k: Count | None = None
     """Experts per token in the teacher (expanded routing); its own if left out."""
     teacher_dtype: ComputeDtype = "auto"

@@ -5,6 +5,7 @@ process, gradient accumulation and several processes give the same gradients.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from m2d.artifacts import flush_to_disk, fsync
 from m2d.distill.checkpoints import checkpoints_in, seal
 from m2d.distill.liger import liger_loss
 from m2d.distill.logits import StoredLogits
-from m2d.distill.loss import Head, distillation_loss, stored_loss
+from m2d.distill.loss import Head, distillation_loss, hidden_state_loss, stored_loss
 from m2d.distill.optimizers import OPTIMIZERS
 from m2d.distill.settings import DistillSettings
 from m2d.errors import UserError
@@ -77,6 +78,12 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return base(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
+def states_after_layers(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, ...]:
+    """Hidden states after each layer, [batch, length, H]; the last ones after the last norm."""
+    found = model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+    return (*found.hidden_states[1:-1], found.last_hidden_state)
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel, input_ids: Tensor, name: str) -> None:
     """Raise a UserError unless `head_of` gives the logits that the model itself gives.
@@ -96,6 +103,21 @@ def check_head(model: PreTrainedModel, input_ids: Tensor, name: str) -> None:
         raise UserError(
             f"{name}: its logits are not its last hidden states times its output embedding "
             f"({type(model).__name__} changes them in a way that m2d does not know)"
+        )
+
+
+@torch.no_grad()
+def check_states(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Tensor) -> None:
+    """Raise a UserError unless both have hidden states of one shape after as many layers."""
+    shapes = []
+    for model in (student, teacher):
+        states = states_after_layers(model, input_ids.to(model.device))
+        shapes.append((len(states), states[0].shape[-1]))
+    if shapes[0] != shapes[1]:
+        (layers, size), (of_teacher, wide) = shapes
+        raise UserError(
+            f"--hidden-loss-weight: the student has {layers} layers of hidden size {size} and the "
+            f"teacher {of_teacher} of {wide}; it needs as many of the same size"
         )
 
 
@@ -119,7 +141,7 @@ class StudentLoss(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        teacher_BLH: Tensor | None = None,
+        teacher_states: tuple[Tensor, ...] | None = None,
         teacher_head: Head | None = None,
         stored_BLn: tuple[Tensor, Tensor] | None = None,
         counted_BL: Tensor | None = None,
@@ -127,21 +149,42 @@ class StudentLoss(nn.Module):
         """Summed loss over the micro-batch, float32 scalar.
 
         The teacher is given by its hidden states and head, or by stored ids and probabilities.
+        teacher_states: [batch, length, H], those of `states_of`; the last ones go to the head.
         counted_BL: the positions that the loss is over; all without it.
         """
 
         def flat(x: Tensor) -> Tensor:
             return x.flatten(0, 1) if counted_BL is None else x[counted_BL]
 
-        student_TH = flat(hidden_states(self.student, input_ids))
+        states = self.states_of(self.student, input_ids)
+        student_TH = flat(states[-1])
         student_head = head_of(self.student).first(self.vocabulary)
         if stored_BLn is not None:
             ids_Tn, p_Tn = map(flat, stored_BLn)
             return stored_loss(student_TH, student_head, ids_Tn, p_Tn)
-        assert teacher_BLH is not None
+        assert teacher_states is not None
         assert teacher_head is not None
         teacher_head = teacher_head.first(self.vocabulary)
-        sides = (student_TH, student_head, flat(teacher_BLH), teacher_head)
+        sides = (student_TH, student_head, flat(teacher_states[-1]), teacher_head)
+        loss = self.divergence_of(sides, input_ids, flat)
+        if weight := self.recipe.hidden_loss_weight:
+            both = (tuple(map(flat, each)) for each in (states, teacher_states))
+            loss = loss + weight * hidden_state_loss(*both)
+        return loss
+
+    def states_of(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """The hidden states that the loss compares: after each layer, or the last alone."""
+        if self.recipe.hidden_loss_weight:
+            return states_after_layers(model, input_ids)
+        return (hidden_states(model, input_ids),)
+
+    def divergence_of(
+        self,
+        sides: tuple[Tensor, Head, Tensor, Head],
+        input_ids: Tensor,
+        flat: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The summed loss of the distributions. sides: student's and teacher's states and heads."""
         divergence, temperature = self.recipe.loss, self.recipe.temperature
         if self.recipe.loss_implementation == "liger":
             return liger_loss(
@@ -209,8 +252,9 @@ class DistillationTrainer(Trainer):
             loss = model(ids, stored_BLn=stored, counted_BL=inputs.get("counted"))
         else:
             with torch.no_grad():
-                teacher_BLH = hidden_states(self.teacher, ids).to(ids.device)
-            loss = model(ids, teacher_BLH, self.teacher_head, counted_BL=inputs.get("counted"))
+                states = self.student_loss.states_of(self.teacher, ids)
+            states = tuple(state.to(ids.device) for state in states)
+            loss = model(ids, states, self.teacher_head, counted_BL=inputs.get("counted"))
         loss = loss / self.counted_in_step() * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 

@@ -34,6 +34,7 @@ STORED_GOES_WITH = {
     "loss_implementation": "chunked",
     "temperature": 1.0,
     "cross_entropy_weight": 0,
+    "hidden_loss_weight": 0,
 }
 # What a teacher's tokens are where the config says nothing: the paper's, for 0.3B of distillation.
 PAPER_DATASETS = {
