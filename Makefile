@@ -6,6 +6,7 @@
 # make test-serving  run every family's student in vLLM and llama.cpp, in environments of their own
 # make bench  measure what docs/performance.md states; 5 GB of disk, some minutes
 # make fuzz   3,000 hostile files for every command, an hour; make kills: 700 kills of every stage
+# make arguments  bad values of every option; make faults: full disks, limits and signals (root)
 # make check  set everything up and run the static checks
 # make profiles  let snakemake --profile slurm find profiles/slurm
 # make docs   build the documentation into site/
@@ -25,7 +26,7 @@ STAMP := $(VENV)/.installed
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .PHONY: demo test test-slurm test-transformers4 test-oldest \
-    test-serving bench check format rulegraph schema lock docs profiles clean help
+    test-serving bench fuzz kills arguments faults check format rulegraph schema lock docs profiles clean help
 
 demo: $(STAMP)
 	$(IN_VENV) m2d forkserver snakemake --profile profiles/local --logger m2d -- all_demo
@@ -40,6 +41,12 @@ fuzz: $(STAMP)
 
 kills: $(STAMP)
 	$(IN_VENV) python -m tests.kills
+
+arguments: $(STAMP)
+	$(IN_VENV) python -m tests.arguments
+
+faults: $(STAMP)
+	$(IN_VENV) python -m tests.faults
 
 test-slurm: $(STAMP)
 	$(IN_VENV) pytest -m slurm tests/test_slurm.py
@@ -118,7 +125,7 @@ clean:
 	rm -rf results report.html
 
 help:
-	@sed -n 's/^# //p' Makefile | head -12
+	@sed -n 's/^# //p' Makefile | head -13
 
 # Debian's Python makes environments without pip unless python3-venv is installed; then the pip
 # outside serves the environment.

@@ -23,6 +23,7 @@ from m2d.errors import UserError
 from m2d.models.resume import identity, kept_folder
 from m2d.models.routers import routed_rows
 from m2d.models.teacher import Teacher
+from m2d.options import MOST
 from m2d.progress import say
 from m2d.recipes import Conversion
 from m2d.refit.fold import FoldTotals
@@ -103,6 +104,8 @@ def parse_budget(text: str) -> Budget:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
     value = float(found[1]) if found else 0.0
     unit = found[2].lower() if found else ""
+    if not value <= MOST:
+        value = 0.0
     if value > 0 and unit in UNITS:
         return Budget(value * UNITS[unit], None)
     if value > 0 and unit in COUNTS:

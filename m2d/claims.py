@@ -40,6 +40,7 @@ def claimed(args: argparse.Namespace) -> Iterator[None]:
 
     Of several processes of one command, the first one holds it.
     """
+    check_inputs(args)
     out = getattr(args, "out", None)
     if out is None or os.environ.get("RANK", "0") != "0":
         yield
@@ -65,6 +66,8 @@ def check_kind(out: Path, command: str) -> None:
     try:
         mode = out.stat().st_mode
     except FileNotFoundError:
+        if out.is_symlink():
+            raise UserError(f"{out}: is a link to nothing; remove it") from None
         return
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
@@ -80,25 +83,40 @@ def check_kind(out: Path, command: str) -> None:
         raise UserError(f"{out}: is a file; name a folder")
 
 
+def values_of(args: argparse.Namespace) -> Iterator[tuple[str, str | Path]]:
+    """Every argument that may be a path, by name."""
+    for name, value in vars(args).items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if name != "command" and isinstance(one, str | Path):
+                yield name, one
+
+
+def check_inputs(args: argparse.Namespace) -> None:
+    """Raise a UserError for what is no file or folder; reading a pipe or device may never end."""
+    for name, value in values_of(args):
+        with contextlib.suppress(OSError, ValueError):
+            mode = os.stat(value).st_mode  # noqa: PTH116 (a word may be no path at all)
+            if name != "out" and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise UserError(f"{value}: not a regular file or folder")
+
+
 def check_no_input(out: Path, args: argparse.Namespace) -> None:
     """Raise a UserError where the output is one of the inputs, or a file of a model among them."""
     if not out.exists():
         return
-    for name, value in vars(args).items():
-        values = value if isinstance(value, list | tuple) else [value]
-        for one in values:
-            if name in ("out", "command") or not isinstance(one, str | Path):
+    for name, value in values_of(args):
+        if name == "out":
+            continue
+        place = Path(value)
+        with contextlib.suppress(OSError):
+            if not place.exists():
                 continue
-            place = Path(one)
-            with contextlib.suppress(OSError):
-                if not place.exists():
-                    continue
-                if place.samefile(out):
-                    raise UserError(f"{out}: is an input too; name another output")
-                within = out.resolve().is_relative_to(place.resolve())
-                is_model = place.is_dir() and (place / "config.json").exists()
-                if is_model and within and OF_A_MODEL.fullmatch(out.name):
-                    raise UserError(f"{out}: belongs to the model {place}; name another output")
+            if place.samefile(out):
+                raise UserError(f"{out}: is an input too; name another output")
+            within = out.resolve().is_relative_to(place.resolve())
+            is_model = place.is_dir() and (place / "config.json").exists()
+            if is_model and within and OF_A_MODEL.fullmatch(out.name):
+                raise UserError(f"{out}: belongs to the model {place}; name another output")
 
 
 @contextlib.contextmanager

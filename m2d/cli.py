@@ -5,6 +5,7 @@ imported, so that `m2d --help` starts at once and no command pays for another's 
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
@@ -16,6 +17,7 @@ from m2d.claims import claimed, describe_failure
 from m2d.errors import UserError, shortened
 from m2d.gpus import take_gpu
 from m2d.renamed import with_new_names
+from m2d.streams import nobody_reads, prepare_streams, silence
 
 COMMANDS = {
     "convert": ("m2d.conversion", "turn a teacher into a dense student, in one call"),
@@ -102,15 +104,42 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    """Run one command. Exit codes: 0 done, 2 bad input; 129, 130, 141 and 143 as after a signal."""
     if arguments is None and "M2D_FORKSERVER" in os.environ:
         from m2d.forkserver import run_there
 
         code = run_there(sys.argv[1:])
         if code is not None:
             return code
-    arguments = with_new_names(sys.argv[1:] if arguments is None else arguments)
+    prepare_streams()
+    # A terminated run unwinds like an interrupted one, so that no temporary file remains.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
+    try:
+        try:
+            return run(with_new_names(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:  # of the streams themselves; `run` catches all others
+        if nobody_reads():
+            silence()
+            return 141
+        with contextlib.suppress(OSError):
+            print(f"m2d: error: standard output: {error.strerror}", file=sys.stderr)
+        silence()
+        return 2
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command of these words."""
     command = next((word for word in arguments if not word.startswith("-")), None)
+    odd = next((word for word in arguments if not is_text(word)), None)
+    if odd is not None:
+        print(f"m2d: error: {shortened(ascii(odd))} is not UTF-8; rename it", file=sys.stderr)
+        return 2
     try:
         args = build_parser(command).parse_args(arguments)
     except ModuleNotFoundError as error:
@@ -119,8 +148,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"m2d {command}: error: {reason}", file=sys.stderr)
         return 2
-    # A terminated run unwinds like an interrupted one, so that no temporary file remains.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with claimed(args):
             take_gpu(args.command)
@@ -133,13 +160,22 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return failed(args, reason)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            raise
         reason = describe_failure(error, getattr(args, "out", None))
         if reason is None:
             raise
         return failed(args, reason)
-    except KeyboardInterrupt:
-        return 130
     return 0
+
+
+def is_text(word: str) -> bool:
+    """Whether an argument is UTF-8. Libraries written in other languages open no other names."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def failed(args: argparse.Namespace, reason: str) -> int:

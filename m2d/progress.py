@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, plain lines in a log."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -12,8 +13,12 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 def say(message: str) -> None:
-    """Print one line to stderr; stdout is kept for results."""
-    tqdm.write(message, file=sys.stderr)
+    """Print one line to stderr; stdout is kept for results.
+
+    A log that takes no more, as on a full disk, does not end the work.
+    """
+    with contextlib.suppress(OSError):
+        tqdm.write(message, file=sys.stderr)
 
 
 def progress(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:

@@ -210,18 +210,25 @@ def _check_logits(folder: Path) -> Found:
     import numpy as np
     from safetensors import SafetensorError, safe_open
 
-    from m2d.distill.logits import index_digest, marks_of, shard_path, shard_rows
+    from m2d.distill.logits import (
+        index_digest,
+        marks_of,
+        missing_shards,
+        read_index,
+        shards_in,
+    )
     from m2d.sealed import digest_of
 
-    index = read_json(folder / LOGITS)
-    if not isinstance(index, dict) or "rows_of_shard" not in index:
+    try:
+        index = read_index(folder)
+    except UserError:
         return Found(folder, "logits", faults=["index.json is not that of stored logits"])
     found = Found(folder, "logits", index.get("teacher_fingerprint"))
-    for number, _ in shard_rows(int(index["sequences"]), int(index["rows_of_shard"])):
-        file = shard_path(folder, number)
-        if not file.is_file():
-            found.faults.append(f"{file.name} is missing")
-            continue
+    _, missing, first = missing_shards(folder, index["sequences"], index["rows_of_shard"])
+    if first is not None:
+        more = f", as are {missing - 1} others" if missing > 1 else ""
+        found.faults.append(f"{first.name} is missing{more}")
+    for file in shards_in(folder):
         try:
             with safe_open(file, "np") as shard:
                 arrays = {key: np.asarray(shard.get_tensor(key)) for key in ("ids", "log_p")}

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from family_quantized import MXFP4, edit_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tests.family_quantized import MXFP4, edit_config
 
 GROUP = 16
 KEPT = ("gate.weight", "embed_tokens", "lm_head", "norm")

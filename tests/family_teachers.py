@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import transformers
-from conftest import VOCABULARY, make_tokenizer
 from safetensors.torch import load_file, save_file
+
+from tests.conftest import VOCABULARY, make_tokenizer
 
 EXPERTS, TOP_K, WIDTH, HIDDEN = 8, 3, 32, 64
 COMMON: dict[str, Any] = {

@@ -9,11 +9,13 @@ an error of many lines, a number that is not finite.
 """
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -32,13 +34,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from m2d import cli
 from tests.conftest import TEXT, make_teacher
+from tests.family_formats import quantise
+from tests.family_quantized import to_fp8, to_mxfp4
+from tests.family_teachers import make
+from tests.test_composite import make_composite
 
 SECONDS = 60
 LONGEST_LINE = 700
+ERROR = re.compile(r"m2d( [\w-]+)?: error: ")
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ def make_sound(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), folder / "text.parquet")
     assert run("tokenize", "T", "tokens", "--text", "text.txt", "--sequences", 4,
                "--length", 16) == 0  # fmt: skip
+    make_others(folder)
     small = ("--tokens", "tokens")
     for command, out in (("stats", "stats"), ("gram", "gram"), ("neurons", "neurons")):
         assert run(command, "T", out, *small) == 0
@@ -104,6 +113,22 @@ def make_sound(folder: Path) -> None:
                   "config": {"model_num_parameters": 1000, "model_dtype": "float32"}}  # fmt: skip
     (results / "merged.eval/arc_easy.json").write_text(json.dumps(evaluation))
     assert run("teacher-logits", "T", "L", *small, "--size", 8, "--rows", 2) == 0
+
+
+# Quantised teachers, by folder, and the one with a vision tower.
+QUANTISED = {"awq": "awq", "w4a16": "compressed w4a16 with zeros", "modelopt": "modelopt fp8"}
+OTHERS = ("fp8", "mxfp4", *QUANTISED, "composite")
+
+
+def make_others(folder: Path) -> None:
+    """Small teachers of other layouts, and a config of the workflow for T."""
+    to_fp8(make_teacher(folder / "fp8"), (16, 16), ("embed", "norm", "lm_head", "gate.weight"))
+    to_mxfp4(make("gpt_oss", folder / "mxfp4"))
+    for name, layout in QUANTISED.items():
+        quantise(make_teacher(folder / name), layout)
+    make_composite("qwen3_vl_moe", folder / "composite")
+    with (folder / "config.yaml").open("w") as file, contextlib.redirect_stdout(file):
+        assert run("init", "T", "--text", "text.txt", "--test", "text.json") == 0
 
 
 GRID, PERPLEXITY, EVALUATION, RECORD = (
@@ -152,6 +177,18 @@ READERS: list[tuple[str, tuple[str, ...]]] = [
     (EVALUATION, ("card", "R/t/students/s/merged", "--evaluation", EVALUATION)),
     ("L/index.json", (*DISTILL, "--teacher-logits", "L")),
     ("L/shard-00000.safetensors", (*DISTILL, "--teacher-logits", "L")),
+]  # fmt: skip
+# Of the seeds from here on these too; earlier seeds keep their cases.
+FURTHER_FROM = 800_000
+FURTHER: list[tuple[str, tuple[str, ...]]] = [
+    *((f"{folder}/{file}", ("convert", folder, "out", "--tokens", "tokens"))
+      for folder in OTHERS for file in ("config.json", "model.safetensors")),
+    ("modelopt/hf_quant_config.json", ("stats", "modelopt", "out", "--tokens", "tokens")),
+    *((f"{folder}/config.json", ("inspect", folder)) for folder in OTHERS),
+    *((f"{folder}/model.safetensors", (*DISTILL[:2], folder, *DISTILL[3:], "--any-teacher"))
+      for folder in OTHERS[:2]),
+    *[("config.yaml", ("estimate", "all_t", "--config", "config.yaml"))] * 3,
+    ("config.yaml", ("doctor", "all_t", "--config", "config.yaml")),
 ]  # fmt: skip
 
 
@@ -242,6 +279,9 @@ def json_value(file: Path, chance: random.Random) -> None:
             rows[place] = json.dumps(damage_json(json.loads(rows[place]), chance))
         return void(file.write_text("\n".join(rows)))
     length = int.from_bytes(data[:8], "little") if len(data) > 8 else 0
+    if file.suffix == ".yaml":
+        content = damage_json(yaml.safe_load(data), chance)
+        return void(file.write_text(yaml.safe_dump(content), errors="replace"))
     if data[8:9] == b"{" and length < len(data):
         header = damage_json(json.loads(data[8 : 8 + length]), chance)
         if isinstance(header, dict) and isinstance(header.get("__metadata__"), dict):
@@ -329,7 +369,8 @@ OFTEN = (*MUTATIONS, "json_value", "json_value", "array_value", "array_value")
 
 def make_case(seed: int) -> Case:
     chance = random.Random(seed)
-    file, command = chance.choice(READERS)
+    readers = READERS + FURTHER if seed >= FURTHER_FROM else READERS
+    file, command = chance.choice(readers)
     return Case(command, file, chance.choice(OFTEN), seed)
 
 
@@ -341,16 +382,16 @@ def outcome(case: Case, sound: Path, place: Path) -> tuple[str, str]:
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(sound, place)
     MUTATIONS[case.mutation](place / case.file, random.Random(case.seed))
+    return outcome_of(case.command, place)
+
+
+def outcome_of(command: Sequence[str], place: Path) -> tuple[str, str]:
+    """The class of what came of a command, run in a folder, and what was printed."""
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
         child = os.fork()
         if not child:
-            in_child(case, place, printed)
-        deadline = time.monotonic() + SECONDS
-        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if not ended[0]:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            in_child(command, place, printed)
+        ended = wait_for(child)
         printed.seek(0)
         text = printed.read()
     if not ended[0]:
@@ -359,27 +400,54 @@ def outcome(case: Case, sound: Path, place: Path) -> tuple[str, str]:
     if code < 0:
         return "CRASH", f"signal {-code}\n{text}"
     if code == 2:
-        lines = [line for line in text.strip().splitlines() if line.startswith("m2d ")]
+        lines = [line for line in text.strip().splitlines() if ERROR.match(line)]
         if len(lines) != 1 or len(lines[0]) > LONGEST_LINE:
             return "LINES", text
         return ("left over" if left_over(place) else "one line"), text
-    if code:
+    # 1: what verify looked at is not as it was written; what doctor looked at lacks something.
+    if code and not (code == 1 and command[0] in ("doctor", "verify") and "Traceb" not in text):
         return "TRACEBACK", text
     return ("NOT FINITE" if not_finite(place) else "taken"), text
 
 
-def in_child(case: Case, place: Path, printed: Any) -> None:
+def wait_for(child: int) -> tuple[int, int]:
+    """What waitpid says of a child that ended; (0, 0) of one that hung, which is killed.
+
+    It hangs when it has computed for SECONDS, or has not computed for as long. A busy machine
+    makes neither happen.
+    """
+    ticks = os.sysconf("SC_CLK_TCK")
+    used, since = -1.0, time.monotonic()
+    while True:
+        ended = os.waitpid(child, os.WNOHANG)
+        if ended[0]:
+            return ended
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        now, waits = (int(fields[11]) + int(fields[12])) / ticks, fields[0] != "R"
+        if now > used or not waits:
+            used, since = now, time.monotonic()
+        if now > SECONDS or time.monotonic() - since > SECONDS:
+            os.kill(child, signal.SIGUSR1)  # in_child: where it is
+            time.sleep(1)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return 0, 0
+        time.sleep(0.01)
+
+
+def in_child(command: Sequence[str], place: Path, printed: Any) -> None:
     """Run the command in this process, which ends."""
     code = 70
     try:
         os.setsid()
         for stream in (1, 2):
             os.dup2(printed.fileno(), stream)
+        faulthandler.register(signal.SIGUSR1, file=printed, all_threads=True)
         sys.stdout = sys.stderr = os.fdopen(2, "w", errors="replace", closefd=False)
         memory = 16 * 2**30
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         os.chdir(place)
-        code = cli.main(list(case.command))
+        code = cli.main(list(command))
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 70
     except BaseException:
@@ -441,13 +509,14 @@ def fuzz(seeds: Sequence[int], folder: Path) -> tuple[Counter[str], list[tuple[C
         classes[kind] += 1
         if kind in FAULTS:
             faults.append((case, kind, text))
+            print(f"{kind}: {case}", file=sys.stderr)
         if sum(classes.values()) % 100 == 0:
             print(f"{sum(classes.values())} of {len(seeds)}: {dict(classes)}", file=sys.stderr)
     return classes, faults
 
 
 def main() -> int:
-    cases, seed = map(int, (sys.argv[1:] + ["3000", "0"][len(sys.argv) - 1 :]))
+    cases, seed = map(int, (sys.argv[1:] + ["3000", "900000"][len(sys.argv) - 1 :]))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="m2d-fuzz-") as folder:
         classes, faults = fuzz(range(seed, seed + cases), Path(folder))

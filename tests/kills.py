@@ -42,7 +42,13 @@ STAGES: dict[str, tuple[str, ...]] = {
     "teacher-logits": ("teacher-logits", "T", "out", "--tokens", "tokens", "--rows", "1"),
     "distill": (*DISTILL, "--checkpoint-minutes", "0"),
     "tables": ("tables", "out", *TABLES),
-}
+    "fold": ("fold", "T", "out", "--tokens", "tokens"),
+    "refit": ("refit", "S", "T", "out", "--tokens", "tokens"),
+    "align": ("align", "S", "T", "out", "--tokens", "tokens", "--steps", "2"),
+    "baseline": ("baseline", "T", "out", "--kind", "random_ffn"),
+    "prune": ("prune", "S", "out", "--layers", "1", "--hidden-size", "32", "--heads", "4",
+              "--kv-heads", "2", "--intermediate-size", "8", "--tokens", "tokens"),
+}  # fmt: skip
 # What tells the time, and, in m2d.json, the digests of a file that does and of the record itself;
 # both are compared without their times, and the record's digest with the record.
 TIMES = (

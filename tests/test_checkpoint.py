@@ -109,6 +109,19 @@ BROKEN = {
     "before the data": header_with(
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, b"\0" * 4
     ),
+    "bytes of no tensor at the end": header_with(
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 8
+    ),
+    "bytes of no tensor at the beginning": header_with(
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"\0" * 8
+    ),
+    "tensors that overlap": header_with(
+        {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        },
+        b"\0" * 8,
+    ),
     "unknown dtype": header_with(
         {"a": {"dtype": "Q3", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4
     ),

@@ -94,7 +94,9 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nowhere")
     for out, says in (
+        (tmp_path / "link", "is a link to nothing"),
         (tmp_path / "folder", "is a folder; name a file in it"),
         (tmp_path / "pipe", "is no regular file"),
         (Path("/dev/null"), "is no regular file"),
@@ -105,7 +107,7 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(
         assert says in refused(["tokenize", "none", out, "--text", "none"], capsys)
     said = refused(["merge", "none", tmp_path / "file", "--plan", "none"], capsys)
     assert "exists already" in said
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "pipe"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "link", "pipe"]
 
 
 @pytest.mark.parametrize(

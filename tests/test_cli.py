@@ -1,11 +1,14 @@
 """Bad input: one line, exit code 2, nothing written. Start-up without torch."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -227,6 +230,10 @@ def test_every_extra_is_one_of_the_package() -> None:
         (["fold", "t", "o", "--tokens", "f", "--alpha", "1e999"], "'1e999' is not a number"),
         (["align", "s", "t", "o", "--tokens", "f", "--learning-rate", "0"], "'0' is not above 0"),
         (["doctor", "--config", "nowhere"], "is of a target; name one"),
+        (["init", "t", "--tokens", "inf"], "'inf' is no number of tokens"),
+        (["init", "t", "--tokens", "1" * 400], "is no number of tokens"),
+        (["stats", "t", "\udcff", "--tokens", "f"], r"'\udcff' is not UTF-8; rename it"),
+        (["tables", "o", "--grid", "/dev/zero"], "/dev/zero: not a regular file or folder"),
     ],
 )
 def test_absurd_values_are_one_short_line(
@@ -240,3 +247,72 @@ def test_absurd_values_are_one_short_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in error
     assert len(error) < 700
+
+
+@pytest.mark.parametrize("option", ["--statistics", "--gram", "--ranking", "--plan", "--fold"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(
+    option: str, tiny_teacher: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    line = refused(["merge", tiny_teacher, out, option, tmp_path / "pipe"], out, capsys)
+    assert "not a regular file or folder" in line
+
+
+def m2d(words: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "m2d.cli", *words], text=True, stderr=subprocess.PIPE, **more
+    )
+
+
+def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = m2d(["workflow"], stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_results_that_cannot_be_printed_are_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = m2d(["workflow"], stdout=full)
+    assert done.returncode == 2
+    assert re.fullmatch(r"m2d.*: error: .*No space left on device\n", done.stderr)
+
+
+def test_with_closed_streams_no_file_gets_what_is_printed(tmp_path: Path) -> None:
+    """The first file to be opened would be number 1, and have the lines of print."""
+    (tmp_path / "text.txt").write_text("")
+    words = [sys.executable, "-m", "m2d.cli", "tokenize", "nowhere", "out", "--text", "text.txt"]
+    done = subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *words], cwd=tmp_path)
+    assert done.returncode == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+    code = (
+        "from m2d.streams import prepare_streams; prepare_streams(); import os; "
+        "number = os.open('file', os.O_CREAT); print('x', flush=True); assert number == 3, number"
+    )
+    words = [sys.executable, "-c", code]
+    subprocess.run(["sh", "-c", '"$@" <&- >&-', "sh", *words], cwd=tmp_path, check=True)
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_names_are_printed_in_any_encoding(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = m2d(["verify", "schön"], env=environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "m2d verify: error: sch\\xf6n: no such file or folder\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("when", ["import", "run"])
+def test_a_signal_ends_a_command_with_its_code(number: str, code: int, when: str) -> None:
+    """While its libraries are imported, which takes seconds, too."""
+    where = "importlib.import_module" if when == "import" else "m2d.cli.take_gpu"
+    script = (
+        "import importlib, os, signal, sys, m2d.cli\n"
+        f"def hit(*_): os.kill(os.getpid(), signal.{number})\n"
+        f"{where} = hit\n"
+        "sys.exit(m2d.cli.main(['workflow']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_tokenizer
-from family_quantized import slow_fp8, to_fp8
-from family_teachers import randomise
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +25,9 @@ from m2d.cli import main
 from m2d.errors import UserError
 from m2d.evaluate.perplexity import measure
 from m2d.inspect import text_student
+from tests.conftest import VOCABULARY, make_tokenizer
+from tests.family_quantized import slow_fp8, to_fp8
+from tests.family_teachers import randomise
 
 EXPERTS, LAYERS = 4, 2
 # What FP8 checkpoints leave as it is.
@@ -89,10 +89,13 @@ CARRIED = {"internvl": ["multi_modal_projector", "vision_tower"]}
 
 @pytest.fixture(scope="module", params=KINDS)
 def teacher(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A composite teacher with a uniform router, and a constant gate on its shared expert."""
-    folder = tmp_path_factory.mktemp("composite") / request.param
+    return request.param, make_composite(request.param, tmp_path_factory.mktemp("c") / "teacher")
+
+
+def make_composite(kind: str, folder: Path) -> Path:
+    """Save a composite teacher with a uniform router, and a constant gate on its shared expert."""
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(KINDS[request.param][0](), dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_config(KINDS[kind][0](), dtype=torch.float32)
     with torch.no_grad():
         randomise(model)
         for name, parameter in model.named_parameters():
@@ -100,12 +103,12 @@ def teacher(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
                 parameter.zero_()
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    if request.param == "qwen3_5_moe":
+    if kind == "qwen3_5_moe":
         tensors["mtp.fc.weight"] = torch.ones(4, 4)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     make_tokenizer().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text('{"size": 1}')
-    return request.param, folder
+    return folder
 
 
 @pytest.fixture

@@ -340,6 +340,7 @@ def test_flags_of_what_is_returned_do_not_reach_the_stream(tmp_path: Path) -> No
     ("changes", "said"),
     [
         ({"num_hidden_layers": 1_000_000}, "no model has more than"),
+        ({"num_hidden_layers": 0}, "every model has at least 1"),
         ({"num_hidden_layers": 9_000}, "but the tensors are of 2 layers"),
         ({"num_local_experts": 10_000_000}, "no model has more than"),
         ({"vocab_size": 10**9}, "is [300, 32] on disk, but the config implies [1000000000, 32]"),

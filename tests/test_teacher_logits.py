@@ -16,6 +16,7 @@ from m2d.distill.divergences import forward_kl
 from m2d.distill.logits import StoredLogits, sampled_outputs, top_outputs, write_shard
 from m2d.distill.loss import partial_forward_kl
 from m2d.errors import UserError
+from m2d.verify import check
 
 
 def logits(rows: int = 9, vocabulary: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,6 +143,18 @@ def test_parts_make_the_same_files_and_can_be_stopped(place: Path) -> None:
     assert distill(place, "from-draws", *more) == 0
     trained = losses(place / "from-draws")
     assert sum(trained[-5:]) < sum(trained[:5]) - 0.5
+
+
+def test_an_index_of_more_shards_than_could_be_is_refused_at_once(place: Path) -> None:
+    """Counting to 2^39 would never end."""
+    make(place, "many", "--kind", "sampled", "--size", "8")
+    file = place / "many" / "index.json"
+    index = {**json.loads(file.read_text()), "sequences": 2**39, "rows_of_shard": 1}
+    file.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"{2**39 - 3} of {2**39} shards are missing, .*-00003"):
+        StoredLogits(place / "many", place / "tokens.safetensors", 300)
+    found = check(place / "many")
+    assert f"shard-00003.safetensors is missing, as are {2**39 - 4} others" in found.faults
 
 
 def test_outputs_that_do_not_fit_are_refused(

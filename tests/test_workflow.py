@@ -456,7 +456,7 @@ def test_refit_lies_between_merging_and_distilling(project: Path, stub: Path) ->
 
 
 def test_fold_and_align_are_jobs_of_their_own(project: Path, stub: Path) -> None:
-    """Changing the alignment repeats neither the choice nor the fold."""
+    """Changing the alignment repeats neither statistics, the choice nor the fold."""
     jobs = jobs_of(snakemake(project, "all_aligned", stub=stub).stdout)
     assert {
         "fold_teacher fold=neuron",
@@ -472,7 +472,8 @@ def test_fold_and_align_are_jobs_of_their_own(project: Path, stub: Path) -> None
     assert {"align_student student=aligned", "distill_student recipe=short student=aligned"} <= set(
         jobs
     )
-    assert not [job for job in jobs if job.startswith(("fold", "measure_neu", "merge", "refit"))]
+    others = ("fold", "measure_neu", "merge", "refit", "compute", "rank", "measure_grid", "make_tok")
+    assert not [job for job in jobs if job.startswith(others)]
     change_config(project, "pipelines", "all_aligned", students=["folded"])
     jobs = jobs_of(snakemake(project, "--dry-run", "all_aligned", stub=stub).stdout)
     assert {

@@ -12,6 +12,7 @@ stopped: what is there is not made again.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from m2d.models.entries import read_header
 from m2d.sealed import digest_of
 
 KINDS = ("top", "sampled")
+SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 
 
 def top_outputs(z_RV: Tensor, n: int, generator: Any = None) -> tuple[Tensor, Tensor]:
@@ -74,6 +76,28 @@ def shard_rows(sequences: int, rows: int) -> Iterator[tuple[int, range]]:
 
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05}.safetensors"
+
+
+def missing_shards(folder: Path, sequences: int, rows: int) -> tuple[int, int, Path | None]:
+    """How many shards there should be, how many are missing, and the first that is.
+
+    It takes as long as there are files, however many an index speaks of.
+    """
+    total = -(-sequences // rows)
+    there = set(shards_in(folder))
+    first = next((n for n in range(total) if shard_path(folder, n) not in there), None)
+    missing = total - sum(number_of(file) < total for file in there)
+    return total, missing, None if first is None else shard_path(folder, first)
+
+
+def number_of(shard: Path) -> int:
+    return int(shard.stem.partition("-")[2])
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The files of shards, in order."""
+    found = [file for file in folder.iterdir() if SHARD.fullmatch(file.name) and file.is_file()]
+    return sorted((f for f in found if f == shard_path(folder, number_of(f))), key=number_of)
 
 
 def check_index(folder: Path, index: dict[str, Any]) -> None:
@@ -174,17 +198,18 @@ class StoredLogits:
         if self.index["tokens_sha256"] != sha256_of(tokens):
             raise UserError(f"{folder}: was not made on {tokens}; make it with m2d teacher-logits")
         self.rows_of_shard = self.index["rows_of_shard"]
-        shards = [n for n, _ in shard_rows(self.index["sequences"], self.rows_of_shard)]
-        missing = [n for n in shards if not shard_path(self.folder, n).is_file()]
-        if missing:
+        total, missing, first = missing_shards(
+            self.folder, self.index["sequences"], self.rows_of_shard
+        )
+        if first is not None:
             raise UserError(
-                f"{folder}: {len(missing)} of {len(shards)} shards are missing, the first is "
-                f"{shard_path(self.folder, missing[0]).name}; run m2d teacher-logits to the end"
+                f"{folder}: {missing} of {total} shards are missing, the first is {first.name}; "
+                "run m2d teacher-logits to the end"
             )
         for number, rows in shard_rows(self.index["sequences"], self.rows_of_shard):
             check_shard(shard_path(self.folder, number), self.index, len(rows))
         expected = index_digest(self.index)
-        for number in shards:
+        for number in range(total):
             file = shard_path(self.folder, number)
             marks = marks_of(file)
             if (marks.get("shard"), marks.get("index_sha256")) != (file.stem, expected):

@@ -100,7 +100,23 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             name: _entry(file, spec, data_start=8 + length, size=size)
             for name, spec in header.items()
         }
+        _check_covered(entries, 8 + length, size)
         return entries, metadata
+
+
+def _check_covered(entries: dict[str, Entry], data_start: int, size: int) -> None:
+    """Raise a ValueError unless the tensors lie one after the other, to the end of the file.
+
+    The format asks for it. Otherwise bytes were put in or left out, and others are read than were
+    written.
+    """
+    end = data_start
+    for start, nbytes in sorted((entry.start, entry.nbytes) for entry in entries.values()):
+        if start != end:
+            raise ValueError("its tensors overlap, or have bytes of none between them")
+        end += nbytes
+    if end != size:
+        raise ValueError(f"{size - end} bytes at its end belong to no tensor")
 
 
 def _entry(file: Path, spec: dict[str, Any], data_start: int, size: int) -> Entry:

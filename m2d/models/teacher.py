@@ -65,6 +65,7 @@ MOST = {
     "n_routed_experts": 100_000,
     "hidden_size": 1_000_000,
 }
+AT_LEAST_1 = ("num_hidden_layers", "hidden_size")
 
 
 @dataclass
@@ -173,6 +174,8 @@ def _check_counts(folder: Path, raw: dict[str, Any]) -> None:
         for value in (raw.get(key), text_part(raw).get(key)):
             if isinstance(value, int) and value > most:
                 raise UserError(f"{file}: {key} is {value}; no model has more than {most}")
+            if key in AT_LEAST_1 and isinstance(value, int) and value < 1:
+                raise UserError(f"{file}: {key} is {value}; every model has at least 1")
     layers = text_part(raw).get("num_hidden_layers")
     if not isinstance(layers, int) or not has_weights(folder):
         return

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from m2d.errors import UserError
-from m2d.options import positive
+from m2d.options import MOST, positive
 from m2d.pipeline.place import in_root
 from m2d.pipeline.resources import Sizes, read_sizes
 from m2d.pipeline.teachers import config_file, sizes_file
@@ -145,12 +145,14 @@ def budget(text: str) -> int:
     units = {"K": 10**3, "M": 10**6, "B": 10**9}
     scale = units.get(text[-1:].upper(), 1)
     try:
-        value = int(as_number(text[:-1] if scale > 1 else text) * scale)
+        value = as_number(text[:-1] if scale > 1 else text) * scale
     except (ValueError, TypeError):
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, such as 300M or 4B")
-    return value
+    if not 1 <= value <= MOST**2:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no number of tokens, such as 300M or 4B"
+        )
+    return int(value)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,10 @@
 """Jobs of the workflow to their needs, and needs to what is asked of a queue."""
 
 from collections.abc import Mapping
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
+from m2d.errors import UserError
 from m2d.pipeline.resources import (
     Hardware,
     Need,
@@ -193,5 +194,9 @@ def resources_of(
 
 
 def rounded(value: float, step: int) -> int:
-    """Up to a multiple of `step`."""
+    """Up to a multiple of `step`. Raises UserError where that is no number."""
+    if not isfinite(value):
+        raise UserError(
+            "a job would take longer than can be counted; look at flops and utilization"
+        )
     return ceil(value / step) * step

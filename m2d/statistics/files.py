@@ -180,11 +180,9 @@ def check_format(path: str | Path, metadata: Any, expected: int = FORMAT) -> Non
 
 def teacher_of(statistics: str | Path) -> str | None:
     """The fingerprint of the teacher that routing statistics were made from, if they say."""
-    try:
+    with reading(statistics, "a routing statistics file"):
         metadata = pq.read_schema(statistics).metadata or {}
         found = json.loads(metadata[b"m2d"]).get("teacher_fingerprint")
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise UserError(f"{statistics}: not a routing statistics file ({error})") from None
     return None if found is None else str(found)
 
 
