@@ -472,7 +472,7 @@ def test_fold_and_align_are_jobs_of_their_own(project: Path, stub: Path) -> None
     assert {"align_student student=aligned", "distill_student recipe=short student=aligned"} <= set(
         jobs
     )
-    others = ("fold", "measure_neu", "merge", "refit", "compute", "rank", "measure_grid", "make_tok")
+    others = ("fold", "merge", "refit", "compute", "rank", "measure_grid", "measure_n", "make_tok")
     assert not [job for job in jobs if job.startswith(others)]
     change_config(project, "pipelines", "all_aligned", students=["folded"])
     jobs = jobs_of(snakemake(project, "--dry-run", "all_aligned", stub=stub).stdout)
