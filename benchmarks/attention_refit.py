@@ -47,7 +47,7 @@ class Stream:
         self.rotary = base.rotary_emb(self.hidden[0], self.positions)
 
     def run(self, layer: Any) -> list[tuple[Tensor, ...]]:
-        """Push all through a layer; of each batch: the output projection's input, and r after attention.
+        """Push all through a layer; of each batch: the projection's input, r after attention.
 
         The hidden states are those after the layer then.
         """
