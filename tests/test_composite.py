@@ -154,7 +154,7 @@ def test_a_composite_student_is_exact_and_carries_the_rest(
 def test_what_is_carried_over_may_hold_infinities(
     teacher: tuple[str, Path], settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Such as bounds that clip nothing, in an audio tower. Numbers of the text model may not."""
+    """Such as bounds that clip nothing, in an audio tower; but no NaN. The text model may not."""
     folder = tmp_path / "teacher"
     shutil.copytree(teacher[1], folder)
     tensors = load_file(folder / "model.safetensors")
@@ -165,6 +165,11 @@ def test_what_is_carried_over_may_hold_infinities(
     assert torch.equal(load_file(out / "model.safetensors")[carried], tensors[carried])
     ids = torch.randint(3, 90, (2, 12))
     assert math.isfinite(measure(out, ids, 2, "float32", torch.device("cpu")).perplexity)
+    tensors[carried].view(-1)[0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="not finite"):
+        m2d.convert(folder, tmp_path / "nan", **settings)
+    tensors[carried].view(-1)[0] = torch.inf
     norm = next(name for name in tensors if name.endswith("norm.weight") and not PARTS.search(name))
     tensors[norm].view(-1)[0] = torch.inf
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -63,11 +63,10 @@ class Checkpoint:
         """The named tensor, on the CPU, in memory of its own, in the dtype on disk.
 
         A quantised tensor comes in the config's dtype. Raises UserError where there is none of
-        that name, or, with `finite`, its numbers are not all so.
+        that name, or it holds NaN or, with `finite`, an infinity.
         """
         tensor = read_entry(self.entry(name), name)
-        if finite:
-            require_finite(tensor, f"{self.folder}: {name}")
+        require_finite(tensor, f"{self.folder}: {name}", infinities=not finite)
         return tensor
 
 
@@ -129,12 +128,12 @@ def write_safetensors(
     specs: dict[str, Spec],
     tensors: Iterable[Content],
     metadata: dict[str, str],
-    unchecked: Container[str] = (),
+    unbounded: Container[str] = (),
 ) -> None:
     """Write tensors, in the order of `specs`, as they come; those on disk are copied in parts.
 
     Each must have the dtype and shape (on disk, the dtype and size) announced for it, and finite
-    numbers, but for those of names in `unchecked`.
+    numbers; infinities pass in those of names in `unbounded`.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -155,8 +154,7 @@ def write_safetensors(
             if isinstance(content, torch.Tensor):
                 if content.dtype != dtype or tuple(content.shape) != shape:
                     raise ValueError(f"{name}: announced {dtype} {shape}, got {content.dtype}")
-                if name not in unchecked:
-                    require_finite(content, name)
+                require_finite(content, name, infinities=name in unbounded)
                 if content.numel():
                     stream.write(content.contiguous().view(-1).view(torch.uint8).numpy().data)
                 continue
@@ -166,8 +164,9 @@ def write_safetensors(
                 raise ValueError(f"{name}: announced {dtype} {shape}, got {found} bytes of {kinds}")
             for entry in content:
                 for part in blocks(entry, name, buffer):
-                    if dtype in CHECKED and name not in unchecked:
-                        require_finite(torch.frombuffer(part, dtype=dtype), name)
+                    if dtype in CHECKED:
+                        numbers = torch.frombuffer(part, dtype=dtype)
+                        require_finite(numbers, name, infinities=name in unbounded)
                     stream.write(part)
 
 
@@ -175,13 +174,14 @@ def write_safetensors(
 CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def require_finite(tensor: torch.Tensor, what: str) -> None:
-    """Raise a UserError where a tensor holds NaN or an infinity."""
+def require_finite(tensor: torch.Tensor, what: str, infinities: bool = False) -> None:
+    """Raise a UserError where a tensor holds NaN or, unless `infinities` may be, an infinity."""
     if tensor.dtype not in CHECKED or not tensor.numel():
         return
     # The extremes are NaN where one number is, and are found much faster than isfinite looks.
-    if not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
-        count = int((~torch.isfinite(tensor)).sum())
+    extremes = torch.stack(torch.aminmax(tensor))
+    if bool(extremes.isnan().any() if infinities else not extremes.isfinite().all()):
+        count = int((tensor.isnan() if infinities else ~tensor.isfinite()).sum())
         raise UserError(
             f"{what}: {count} of its {tensor.numel()} numbers are not finite in "
             f"{str(tensor.dtype).removeprefix('torch.')}"
@@ -207,12 +207,12 @@ def write_checkpoint(
     specs: dict[str, Spec],
     tensor: Callable[[str], Content],
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    unchecked: Container[str] = (),
+    unbounded: Container[str] = (),
 ) -> None:
     """Write a model's tensors as one file, or as shards with an index.
 
-    `tensor(name)` is called once for every name, in the order of `specs`. unchecked: names of what
-    may hold numbers that are not finite, such as the bounds of an audio tower.
+    `tensor(name)` is called once for every name, in the order of `specs`. unbounded: names of what
+    may hold infinities, such as the bounds of an audio tower.
     """
     shards = plan_shards(specs, max_shard_bytes)
     names = [SINGLE_NAME]
@@ -226,4 +226,4 @@ def write_checkpoint(
     for file, keys in zip(names, shards, strict=True):
         part: Iterator[Content] = (tensor(key) for key in keys)
         own = {key: specs[key] for key in keys}
-        write_safetensors(folder / file, own, part, {"format": "pt"}, unchecked)
+        write_safetensors(folder / file, own, part, {"format": "pt"}, unbounded)

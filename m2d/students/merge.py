@@ -124,7 +124,7 @@ def write_folder(
             next(bar)
             return make(name)
 
-        write_checkpoint(folder, specs, tensor, unchecked=carried)
+        write_checkpoint(folder, specs, tensor, unbounded=carried)
         next(bar, None)
         copy_others(source, folder, (*WRITTEN_ANEW, "plan.json"), processors=bool(carried))
         config = both_spellings(config)

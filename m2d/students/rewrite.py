@@ -108,7 +108,7 @@ def rewrite_student(
     with atomic_path(out) as folder:
         folder.mkdir()
         specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-        write_checkpoint(folder, specs, tensor, unchecked=carried)
+        write_checkpoint(folder, specs, tensor, unbounded=carried)
         copy_others(student_folder, folder, WRITTEN_ANEW, processors=True)
         write_record(folder, about)
     return Path(out)
