@@ -101,7 +101,10 @@ def serve(address: Path, owner: int) -> NoReturn:
             importlib.import_module(module)
     gc.freeze()  # else the first collection in each fork would copy all pages
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(address))
+    try:
+        listener.bind(str(address))
+    except FileNotFoundError:  # RUN has ended already, and its folder is gone
+        os._exit(0)
     listener.listen(64)
     waiting = selectors.DefaultSelector()
     waiting.register(owner, selectors.EVENT_READ, "owner")

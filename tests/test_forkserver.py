@@ -205,3 +205,14 @@ def test_what_cannot_be_run_is_named(server, run):
     )
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_server_that_is_too_late_says_nothing(tmp_path):
+    """RUN may end while the server still imports: its socket has no folder then."""
+    code = (
+        "import os, pathlib; from m2d import forkserver; "
+        "forkserver.importlib.import_module = lambda name: None; "
+        f"forkserver.serve(pathlib.Path({str(tmp_path / 'gone' / 'socket')!r}), os.pipe()[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
