@@ -83,20 +83,20 @@ def check_kind(out: Path, command: str) -> None:
         raise UserError(f"{out}: is a file; name a folder")
 
 
-def values_of(args: argparse.Namespace) -> Iterator[tuple[str, str | Path]]:
-    """Every argument that may be a path, by name."""
+def inputs_of(args: argparse.Namespace) -> Iterator[str | Path]:
+    """Every argument that may be the path of an input."""
     for name, value in vars(args).items():
         for one in value if isinstance(value, list | tuple) else [value]:
-            if name != "command" and isinstance(one, str | Path):
-                yield name, one
+            if name not in ("out", "command") and isinstance(one, str | Path):
+                yield one
 
 
 def check_inputs(args: argparse.Namespace) -> None:
     """Raise a UserError for what is no file or folder; reading a pipe or device may never end."""
-    for name, value in values_of(args):
+    for value in inputs_of(args):
         with contextlib.suppress(OSError, ValueError):
             mode = os.stat(value).st_mode  # noqa: PTH116 (a word may be no path at all)
-            if name != "out" and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise UserError(f"{value}: not a regular file or folder")
 
 
@@ -104,9 +104,7 @@ def check_no_input(out: Path, args: argparse.Namespace) -> None:
     """Raise a UserError where the output is one of the inputs, or a file of a model among them."""
     if not out.exists():
         return
-    for name, value in values_of(args):
-        if name == "out":
-            continue
+    for value in inputs_of(args):
         place = Path(value)
         with contextlib.suppress(OSError):
             if not place.exists():

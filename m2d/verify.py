@@ -228,7 +228,7 @@ def _check_logits(folder: Path) -> Found:
     if first is not None:
         more = f", as are {missing - 1} others" if missing > 1 else ""
         found.faults.append(f"{first.name} is missing{more}")
-    for file in shards_in(folder):
+    for file in shards_in(folder).values():
         try:
             with safe_open(file, "np") as shard:
                 arrays = {key: np.asarray(shard.get_tensor(key)) for key in ("ids", "log_p")}

@@ -42,12 +42,12 @@ def settings(tiny_text: Path) -> dict[str, Any]:
     return {"text": [tiny_text], "sequences": 4, "length": 12, "dtype": "float32"}
 
 
-def distil(student: Path, teacher: Path, out: Path) -> None:
+def distil(student: Path, teacher: Path, out: Path, *more: Any) -> None:
     """Two steps."""
     tokens = out.with_suffix(".safetensors")
     save_file({"input_ids": IDS}, tokens, {"sequences": "4", "length": "12"})
     command: list[Any] = ["distill", student, teacher, out, "--tokens", tokens, "--steps", 2]
-    command += ["--batch", 2, "--device-batch", 2]
+    command += ["--batch", 2, "--device-batch", 2, *more]
     assert main([str(part) for part in command]) in (0, None)
 
 
@@ -94,6 +94,7 @@ def test_llama_4_is_refitted_aligned_and_distilled(
     distil(out, teacher, tmp_path / "distilled")
     student = AutoModelForImageTextToText.from_pretrained(tmp_path / "distilled")
     assert type(student).__name__ == "Llama4ForConditionalGeneration"
+    distil(out, teacher, tmp_path / "hidden", "--hidden-loss-weight", 1)
 
 
 @torch.no_grad()
@@ -129,6 +130,10 @@ def test_a_router_with_a_row_for_no_expert(
         str(settings["text"][0]),
     ]
     assert main([*arguments, "--sequences", "4", "--length", "12", "--fold", "fixed"]) == 2
+    assert "leave out fold" in capsys.readouterr().err
+    tokens = tmp_path / "tokens.safetensors"
+    save_file({"input_ids": IDS}, tokens)
+    assert main(["fold-report", str(folder), "--tokens", str(tokens)]) == 2
     assert "leave out fold" in capsys.readouterr().err
 
 

@@ -84,20 +84,17 @@ def missing_shards(folder: Path, sequences: int, rows: int) -> tuple[int, int, P
     It takes as long as there are files, however many an index speaks of.
     """
     total = -(-sequences // rows)
-    there = set(shards_in(folder))
-    first = next((n for n in range(total) if shard_path(folder, n) not in there), None)
-    missing = total - sum(number_of(file) < total for file in there)
+    there = shards_in(folder)
+    first = next((n for n in range(total) if n not in there), None)
+    missing = total - sum(number < total for number in there)
     return total, missing, None if first is None else shard_path(folder, first)
 
 
-def number_of(shard: Path) -> int:
-    return int(shard.stem.partition("-")[2])
-
-
-def shards_in(folder: Path) -> list[Path]:
-    """The files of shards, in order."""
-    found = [file for file in folder.iterdir() if SHARD.fullmatch(file.name) and file.is_file()]
-    return sorted((f for f in found if f == shard_path(folder, number_of(f))), key=number_of)
+def shards_in(folder: Path) -> dict[int, Path]:
+    """The files of shards by number, in order."""
+    numbers = sorted(int(m[1]) for file in folder.iterdir() if (m := SHARD.fullmatch(file.name)))
+    paths = {number: shard_path(folder, number) for number in numbers}
+    return {number: file for number, file in paths.items() if file.is_file()}
 
 
 def check_index(folder: Path, index: dict[str, Any]) -> None:

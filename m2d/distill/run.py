@@ -201,6 +201,19 @@ def check_options(args: argparse.Namespace) -> None:
             )
 
 
+def check_states(student: Any, teacher: Any) -> None:
+    """Raise a UserError unless both, by their configs, have as many layers of one hidden size."""
+    (layers, size), (of_teacher, wide) = (
+        (text.num_hidden_layers, text.hidden_size)
+        for text in (config.get_text_config() for config in (student, teacher))
+    )
+    if (layers, size) != (of_teacher, wide):
+        raise UserError(
+            f"--hidden-loss-weight: the student has {layers} layers of hidden size {size} and the "
+            f"teacher {of_teacher} of {wide}; it needs as many of the same size"
+        )
+
+
 def open_outputs(args: argparse.Namespace, vocabulary: int, of_teacher: int) -> Any:
     """The stored teacher outputs, or None where the teacher itself is run.
 
@@ -266,6 +279,8 @@ def run(args: argparse.Namespace) -> None:
             f"{args.student}: its vocabulary has {vocabularies[0]} tokens and the teacher's "
             f"{vocabularies[1]}, and not both folders hold a tokenizer that shows they are the same"
         )
+    if args.hidden_loss_weight:
+        check_states(student_config, teacher_config)
     if args.teacher_top_k:
         expand_routing(teacher_config, args.teacher_top_k, teacher_folder)
     tokens = PackedTokens(args.tokens, args.seed)
@@ -310,8 +325,6 @@ def run(args: argparse.Namespace) -> None:
         trainer.check_head(teacher, sample, args.teacher)
     student = load_model(student_folder, student_config, torch.float32, device)
     trainer.check_head(student, sample, str(args.student))
-    if recipe.hidden_loss_weight:
-        trainer.check_states(student, teacher, sample)
 
     newest = broadcast(lambda: newest_sound(work))
     if first:

@@ -71,16 +71,20 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(output.weight, getattr(output, "bias", None), multiplier, softcap)
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Hidden states after the last norm, [batch, length, H]."""
+def _run_base(model: PreTrainedModel, input_ids: Tensor, **options: Any) -> Any:
     # Llama 4's composite model has no base model; its decoder gives the same for text.
     base = decoder_of(model) if model.base_model is model else model.base_model
-    return base(input_ids=input_ids, use_cache=False).last_hidden_state
+    return base(input_ids=input_ids, use_cache=False, **options)
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Hidden states after the last norm, [batch, length, H]."""
+    return _run_base(model, input_ids).last_hidden_state
 
 
 def states_after_layers(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, ...]:
     """Hidden states after each layer, [batch, length, H]; the last ones after the last norm."""
-    found = model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+    found = _run_base(model, input_ids, output_hidden_states=True)
     return (*found.hidden_states[1:-1], found.last_hidden_state)
 
 
@@ -103,21 +107,6 @@ def check_head(model: PreTrainedModel, input_ids: Tensor, name: str) -> None:
         raise UserError(
             f"{name}: its logits are not its last hidden states times its output embedding "
             f"({type(model).__name__} changes them in a way that m2d does not know)"
-        )
-
-
-@torch.no_grad()
-def check_states(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Tensor) -> None:
-    """Raise a UserError unless both have hidden states of one shape after as many layers."""
-    shapes = []
-    for model in (student, teacher):
-        states = states_after_layers(model, input_ids.to(model.device))
-        shapes.append((len(states), states[0].shape[-1]))
-    if shapes[0] != shapes[1]:
-        (layers, size), (of_teacher, wide) = shapes
-        raise UserError(
-            f"--hidden-loss-weight: the student has {layers} layers of hidden size {size} and the "
-            f"teacher {of_teacher} of {wide}; it needs as many of the same size"
         )
 
 

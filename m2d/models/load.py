@@ -85,7 +85,8 @@ def load_model(
         tensor = _join(checkpoint, one, own) if one else checkpoint.read(name, of_text(name))
         if tensor.is_floating_point():
             tensor = tensor.to(own)
-            require_finite(tensor, f"{folder}: {name}", infinities=not of_text(name))
+            if of_text(name):
+                require_finite(tensor, f"{folder}: {name}")
         _assign(model, name, tensor.to(devices[name]))
     model.tie_weights()
     if narrow:

@@ -21,6 +21,7 @@ from m2d.refit.fold import (
     Candidate,
     FoldSums,
     FoldTotals,
+    require_foldable,
     share_reproduced,
     splits_for,
     weighted_errors,
@@ -60,9 +61,10 @@ def fold_table(stream: StreamedTeacher, tokens: Tensor, batch: int) -> list[dict
     """A row per MoE layer: its index, R2 of each of WAYS on held-out tokens, the layer's alpha.
 
     And R2 of SHARED_WAYS where a shared expert has a gate of its own. Raises UserError for fewer
-    than 2 sequences.
+    than 2 sequences, and where no fold applies.
     """
     family = stream.teacher.family
+    require_foldable(stream.teacher)
     held_out = splits_for(tokens)
     totals = FoldTable(
         held_out, tokens.shape[1], "neuron", 1.0, family.probabilities, family.router_float32
