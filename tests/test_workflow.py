@@ -41,7 +41,7 @@ TABLES = [f"{rule} pipeline=all_wide" for rule in ("draw_figures", "make_tables"
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_text: Path) -> Path:
     """A project with `all_tiny` complete, by the real stages."""
     folder = make_project(tmp_path_factory.mktemp("workflow") / "p", tiny_teacher, tiny_text)
-    snakemake(folder, "all_tiny")
+    snakemake(folder, "all_tiny", forked=True)
     return folder
 
 
@@ -410,7 +410,7 @@ def test_a_student_of_several_grids(
 def test_teacher_logits_are_stored_once_for_all_students(finished: Path, tmp_path: Path) -> None:
     """By the real stages: two jobs share them, and an edited recipe leaves them as they are."""
     folder = Path(shutil.copytree(finished, tmp_path / "p"))
-    jobs = jobs_of(snakemake(folder, "all_stored").stdout)
+    jobs = jobs_of(snakemake(folder, "all_stored", forked=True).stdout)
     store = [f"store_teacher_logits logits=top-8 part={part} parts=2" for part in (1, 2)]
     distill = [f"distill_student recipe=stored student={name}" for name in ("do-acp", "sf")]
     assert {*store, *distill, "clear_teacher_logits logits=top-8"} <= set(jobs)
@@ -426,7 +426,7 @@ def test_teacher_logits_are_stored_once_for_all_students(finished: Path, tmp_pat
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     config["teachers"]["tiny"]["tokens"]["distillation"]["sequences"] = 12
     write_config(folder, config)
-    jobs = jobs_of(snakemake(folder, "all_stored").stdout)
+    jobs = jobs_of(snakemake(folder, "all_stored", forked=True).stdout)
     assert {*store, *distill, "clear_teacher_logits logits=top-8"} <= set(jobs)
 
 
@@ -505,7 +505,7 @@ def test_baselines_are_made_and_distilled_like_any_student(finished: Path, tmp_p
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(folder / "teacher" / file, folder / "dense" / file)
 
-    jobs = jobs_of(snakemake(folder, "all_baselines").stdout)
+    jobs = jobs_of(snakemake(folder, "all_baselines", forked=True).stdout)
     assert [job for job in jobs if job.startswith(("merge", "prune", "initialise", "distill"))] == [
         "distill_student recipe=short student=d2d teacher=tiny-dense",
         "distill_student recipe=short student=fresh",

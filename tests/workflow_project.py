@@ -204,11 +204,20 @@ def environment(folder: Path, stub: Path | None = None) -> dict[str, str]:
 
 
 def snakemake(
-    folder: Path, *arguments: str, stub: Path | None = None, check: bool = True
+    folder: Path,
+    *arguments: str,
+    stub: Path | None = None,
+    check: bool = True,
+    forked: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run Snakemake there, as users do; stdout and stderr together in `stdout`."""
+    """Run Snakemake there, as users do; stdout and stderr together in `stdout`.
+
+    forked: under `m2d forkserver`, as `make demo` does: for runs of many real stages.
+    """
+    server = ["m2d", "forkserver"] if forked else []
+    run = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", *arguments]
     done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--profile", "profiles/local", *arguments],
+        [*server, *run],
         cwd=folder,
         env=environment(folder, stub),
         stdout=subprocess.PIPE,
