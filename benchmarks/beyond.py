@@ -24,8 +24,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from m2d.devices import pick_device
+from m2d.distill.heads import head_of, hidden_states
 from m2d.distill.loss import distillation_loss
-from m2d.distill.trainer import head_of, hidden_states
 from m2d.evaluate.perplexity import loaded_nll
 from m2d.models.teacher import count_parameters, quiet
 from m2d.tokens.tokenize import tokens_from

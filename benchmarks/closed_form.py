@@ -30,8 +30,8 @@ from m2d.choose.neurons import allot_widths, neuron_layer_plan
 from m2d.choose.plan import Plan, make_plan
 from m2d.choose.scoring import SCORINGS
 from m2d.conversion import collect_statistics
+from m2d.distill.heads import head_of, hidden_states
 from m2d.distill.loss import distillation_loss
-from m2d.distill.trainer import head_of, hidden_states
 from m2d.evaluate.perplexity import loaded_nll
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import count_parameters, open_teacher, quiet

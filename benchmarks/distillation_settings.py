@@ -21,7 +21,7 @@ from beyond_students import STUDENTS, make_student
 from torch import Tensor
 
 from m2d.artifacts import write_text
-from m2d.distill.trainer import head_of
+from m2d.distill.heads import head_of
 from m2d.models.teacher import quiet
 
 WARM_UP = 1 / 8  # of the steps

@@ -17,7 +17,8 @@ import torch
 from common import clock_of, compute_on, device_option, report
 from torch import Tensor
 
-from m2d.distill.loss import Head, distillation_loss
+from m2d.distill.heads import Head
+from m2d.distill.loss import distillation_loss
 
 
 def full_logits(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from transformers import (
 
 from m2d.cli import main
 from m2d.distill import run, watch
-from m2d.distill.trainer import check_head, hidden_states
+from m2d.distill.heads import check_head, hidden_states
 from m2d.errors import UserError
 from m2d.tokens import packed as data
 from m2d.tokens.dataset import PackedTokens

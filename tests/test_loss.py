@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2d.distill.divergences import DIVERGENCES
+from m2d.distill.heads import Head
 from m2d.distill.liger import liger_loss, require_liger
-from m2d.distill.loss import Head, default_chunk, distillation_loss
+from m2d.distill.loss import default_chunk, distillation_loss
 from m2d.errors import UserError
 
 TOKENS, STUDENT_HIDDEN, TEACHER_HIDDEN, VOCABULARY = 23, 12, 20, 51

@@ -18,8 +18,8 @@ from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family
 from m2d.models.hub import name_of
-from m2d.models.sibling import set_key
 from m2d.models.student import NEVER_INHERITED, stored_shapes
+from m2d.models.student_config import set_key
 from m2d.models.teacher import (
     Teacher,
     check_weights,

@@ -27,7 +27,8 @@ from transformers import (
 
 from m2d.artifacts import atomic_path, require_absent
 from m2d.demo.corpus import build_corpus
-from m2d.distill.loss import Head, LossOfRows, apply_head, cross_entropy
+from m2d.distill.heads import Head
+from m2d.distill.loss import LossOfRows, apply_head, cross_entropy
 from m2d.errors import UserError
 from m2d.progress import say
 from m2d.refit.muon import Muon

@@ -5,7 +5,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from m2d.distill.loss import Head, default_chunk
+from m2d.distill.heads import Head
+from m2d.distill.loss import default_chunk
 from m2d.errors import UserError
 
 # Liger's generalised Jensen-Shannon divergence, by its beta.

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m2d.artifacts import atomic_path, read_json, reading, sha256_of, write_json
-from m2d.distill.loss import Head
+from m2d.distill.heads import Head
 from m2d.errors import UserError
 from m2d.models.entries import read_header
 from m2d.sealed import digest_of

@@ -11,12 +11,13 @@ teacher's probabilities, q the student's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from m2d.distill.divergences import DIVERGENCES
+from m2d.distill.heads import Head
 
 # Logits of one chunk: enough tokens for the matrix products to run at full speed.
 CHUNK_ELEMENTS = 2**26
@@ -31,53 +32,6 @@ HEAD_ROWS = {"cpu": 2**13, "other": 2**17}
 # Takes float32 logits [R, V] and which rows of the chunk they are; gives their summed loss and its
 # gradient by the logits.
 LossOfRows = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-
-
-class Head(NamedTuple):
-    """What turns final hidden states into logits: softcap(x @ weight.T + bias), on x * multiplier.
-
-    Attributes:
-        weight_VH: the output embedding.
-        bias_V: its bias, or None.
-        multiplier: Granite divides its logits, Cohere multiplies them; 1 for most models.
-        softcap: Gemma's final cap, z = softcap * tanh(z / softcap); None for most models.
-    """
-
-    weight_VH: Tensor
-    bias_V: Tensor | None = None
-    multiplier: float = 1.0
-    softcap: float | None = None
-
-    def to(self, device: torch.device) -> "Head":
-        """The head on another device."""
-        bias_V = None if self.bias_V is None else self.bias_V.to(device)
-        return self._replace(weight_VH=self.weight_VH.to(device), bias_V=bias_V)
-
-    def first(self, vocabulary: int) -> "Head":
-        """The head's logits of the first `vocabulary` tokens alone."""
-        if vocabulary >= len(self.weight_VH):
-            return self
-        bias_V = None if self.bias_V is None else self.bias_V[:vocabulary]
-        return self._replace(weight_VH=self.weight_VH[:vocabulary], bias_V=bias_V)
-
-    def products(self, hidden_CH: Tensor) -> Tensor:
-        """hidden @ weight.T, [C, V], in the dtype of `hidden_CH`."""
-        return torch.mm(hidden_CH, self.weight_VH.to(hidden_CH.dtype).t())
-
-    def finish(self, products_RV: Tensor) -> Tensor:
-        """float32 logits [R, V] of `products`; may overwrite them."""
-        z_RV = products_RV.float()
-        if self.bias_V is not None:
-            z_RV += self.bias_V
-        if self.multiplier != 1.0:
-            z_RV *= self.multiplier
-        if self.softcap is not None:
-            z_RV = z_RV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z_RV
-
-    def logits(self, hidden_CH: Tensor) -> Tensor:
-        """float32 logits [C, V] of hidden states, multiplied in the dtype of `hidden_CH`."""
-        return self.finish(self.products(hidden_CH))
 
 
 def cross_entropy(z_student_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from m2d.artifacts import make_own_folder, require_absent, write_json
 from m2d.distill.loading import device_map
-from m2d.distill.settings import DistillSettings
+from m2d.distill.settings import DistillSettings, Recipe
 from m2d.errors import UserError
 from m2d.options import AUTO
 from m2d.progress import say
@@ -123,14 +123,12 @@ def make_recipe(
     precision: str,
     teacher_dtype: str,
     repairs: Collection[str] = (),
-) -> Any:
+) -> Recipe:
     """The recipe of the command line; `sequences` are those of the token file.
 
     precision and teacher_dtype: what `auto` stands for on this device. repairs: the student's, of
     REPAIRED.
     """
-    from m2d.distill.trainer import Recipe
-
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     at_once = args.device_batch * processes
     batch = args.batch or chosen_batch(sequences, args.steps, at_once)
@@ -305,8 +303,10 @@ def run(args: argparse.Namespace) -> None:
     if first:
         tokens.check_vocabulary(vocabulary)
 
-    from m2d.distill import result, trainer, watch
-    from m2d.distill.checkpoints import newest_sound
+    from m2d.distill import result, watch
+    from m2d.distill.checkpoints import checkpoints_in, newest_sound
+    from m2d.distill.heads import check_head
+    from m2d.distill.trainer import make_trainer
     from m2d.students.files import check_others
 
     if first:
@@ -322,9 +322,9 @@ def run(args: argparse.Namespace) -> None:
     if stored is None:
         where = args.teacher_device_map or device
         teacher = load_model(teacher_folder, teacher_config, computed_in, where, narrow=True)
-        trainer.check_head(teacher, sample, args.teacher)
+        check_head(teacher, sample, args.teacher)
     student = load_model(student_folder, student_config, torch.float32, device)
-    trainer.check_head(student, sample, str(args.student))
+    check_head(student, sample, str(args.student))
 
     newest = broadcast(lambda: newest_sound(work))
     if first:
@@ -340,13 +340,11 @@ def run(args: argparse.Namespace) -> None:
             stop,
             end,
         )
-        training = trainer.make_trainer(
-            student, teacher, tokens, recipe, work, [watcher], vocabulary
-        )
+        training = make_trainer(student, teacher, tokens, recipe, work, [watcher], vocabulary)
         try:
             training.train(resume_from_checkpoint=str(newest) if newest else None)
         except UserError:
-            if first and not trainer.checkpoints_in(work):
+            if first and not checkpoints_in(work):
                 shutil.rmtree(work)  # nothing to go on from
             raise
         if watcher.stopped:
@@ -381,7 +379,7 @@ def run(args: argparse.Namespace) -> None:
 
 def announce(
     args: argparse.Namespace,
-    recipe: Any,
+    recipe: Recipe,
     length: int,
     work: Path,
     newest: Path | None,

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    from m2d.distill.trainer import check_head, head_of, hidden_states
+    from m2d.distill.heads import check_head, head_of, hidden_states
     from m2d.models.load import check_model, load_model
 
     folder = locate(args.teacher)

@@ -17,97 +17,16 @@ from transformers.trainer_utils import SaveStrategy
 
 from m2d.artifacts import flush_to_disk, fsync
 from m2d.distill.checkpoints import checkpoints_in, seal
+from m2d.distill.heads import Head, head_of, hidden_states, states_after_layers
 from m2d.distill.liger import liger_loss
 from m2d.distill.logits import StoredLogits
-from m2d.distill.loss import Head, distillation_loss, hidden_state_loss, stored_loss
+from m2d.distill.loss import distillation_loss, hidden_state_loss, stored_loss
 from m2d.distill.optimizers import OPTIMIZERS
-from m2d.distill.settings import DistillSettings
-from m2d.errors import UserError
-from m2d.models.skeleton import decoder_of
-from m2d.settings import Count, NotNegative, Positive, Whole
+from m2d.distill.settings import Recipe
 from m2d.tokens.dataset import PackedTokens
 
 KEPT_CHECKPOINTS = 2
 WEIGHTS = "student.pt"
-
-# config keys by which families change their logits after the output embedding
-DIVISORS = ("logits_scaling",)  # Granite
-FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
-SOFTCAPS = ("final_logit_softcapping",)  # Gemma
-
-
-class Recipe(DistillSettings):
-    """What determines the weights that come out, besides the student, the teacher and the tokens.
-
-    The settings with what is worked out from them; `batch` is the sequences of one step over all
-    processes and accumulation together.
-    """
-
-    steps: Count
-    batch: Count
-    learning_rate: Positive
-    min_learning_rate: NotNegative
-    warmup_steps: Whole
-    decay_steps: Whole
-    strategy: str  # type: ignore[assignment]  # as started: also "single"
-    processes: Count
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches that a process sums up before each step."""
-        return self.batch // (self.device_batch * self.processes)
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """The output head of a causal LM, with what its config does to the logits."""
-    output = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    multiplier = 1.0
-    for key in DIVISORS:
-        multiplier /= getattr(config, key, None) or 1.0
-    for key in FACTORS:
-        multiplier *= getattr(config, key, None) or 1.0
-    softcap = next((getattr(config, key) for key in SOFTCAPS if getattr(config, key, None)), None)
-    return Head(output.weight, getattr(output, "bias", None), multiplier, softcap)
-
-
-def _run_base(model: PreTrainedModel, input_ids: Tensor, **options: Any) -> Any:
-    # Llama 4's composite model has no base model; its decoder gives the same for text.
-    base = decoder_of(model) if model.base_model is model else model.base_model
-    return base(input_ids=input_ids, use_cache=False, **options)
-
-
-def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Hidden states after the last norm, [batch, length, H]."""
-    return _run_base(model, input_ids).last_hidden_state
-
-
-def states_after_layers(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, ...]:
-    """Hidden states after each layer, [batch, length, H]; the last ones after the last norm."""
-    found = _run_base(model, input_ids, output_hidden_states=True)
-    return (*found.hidden_states[1:-1], found.last_hidden_state)
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel, input_ids: Tensor, name: str) -> None:
-    """Raise a UserError unless `head_of` gives the logits that the model itself gives.
-
-    Families differ in what they do after the output embedding; one that is not known here must
-    not be distilled with wrong logits.
-    """
-    ids = input_ids.to(model.device)
-    own = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
-    if not bool(own.isfinite().all()):
-        kind = str(model.dtype).removeprefix("torch.")
-        raise UserError(f"{name}: its logits are not finite in {kind}; do its weights fit in that?")
-    hidden = hidden_states(model, ids).flatten(0, 1).to(own.device)
-    ours = head_of(model).to(own.device).logits(hidden)
-    tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
-    if not torch.allclose(ours, own, rtol=0, atol=tolerance * float(own.abs().max())):
-        raise UserError(
-            f"{name}: its logits are not its last hidden states times its output embedding "
-            f"({type(model).__name__} changes them in a way that m2d does not know)"
-        )
 
 
 class StudentLoss(nn.Module):

@@ -23,8 +23,8 @@ from m2d.artifacts import atomic_path, require_absent
 from m2d.errors import UserError
 from m2d.models.load import load_model
 from m2d.models.routers import probe
-from m2d.models.sibling import set_key
 from m2d.models.skeleton import experts_modules, has_module, layers_of, make_skeleton
+from m2d.models.student_config import set_key
 from m2d.models.teacher import dtype_of, read_config
 from m2d.students.files import copy_others
 from m2d.students.merge import write_into

@@ -1,6 +1,6 @@
 """The dense student of a teacher, before there is a plan: its width, its config.json, its class.
 
-The class, and what its config says otherwise, is m2d/models/sibling.py's.
+Its class is settled in m2d/models/sibling.py, what its config says in m2d/models/student_config.py.
 """
 
 from typing import Any
@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from m2d.models.schemes import QUANTISATION_KEYS
-from m2d.models.sibling import student_raw, student_skeleton
 from m2d.models.skeleton import in_text
+from m2d.models.student_config import student_raw, student_skeleton
 from m2d.models.teacher import Teacher
 
 # Of a teacher's config.json, never a student's: custom code, paths, how the weights were packed.

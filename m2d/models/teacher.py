@@ -20,7 +20,6 @@ from m2d.models.fingerprint import fingerprint
 from m2d.models.hub import locate, name_of
 from m2d.models.parameters import check_tensors, text_part, wanted_of
 from m2d.models.schemes import QUANTISATION_KEYS, read_scheme
-from m2d.models.sibling import number
 from m2d.models.skeleton import (
     count_parameters,
     experts_modules,
@@ -29,6 +28,7 @@ from m2d.models.skeleton import (
     make_skeleton,
     text_key,
 )
+from m2d.models.student_config import number
 from m2d.options import STUDENT_CLASSES
 
 __all__ = [

@@ -21,8 +21,8 @@ from m2d.models.calls import Calls
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
 from m2d.models.fingerprint import noted_teacher, require_teacher
-from m2d.models.sibling import number
 from m2d.models.stream import StreamedTeacher, drop_weights
+from m2d.models.student_config import number
 from m2d.models.teacher import Teacher, check_weights, make_skeleton, read_config
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative; else 2e-2
