@@ -88,7 +88,7 @@ def row_of(model_type: str, work: Path) -> dict[str, str]:
 def short(error: Exception) -> str:
     """The first line of an error, without folders."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].replace("|", "/")[:160].replace("/config.json: ", "")
+    return lines[0].replace("|", "/")[:300].replace("/config.json: ", "")
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -13,7 +13,7 @@ FUNCTIONS = (
     "m2d.conversion.convert",
     "m2d.inspect.inspect",
     "m2d.models.teacher.open_teacher",
-    "m2d.evaluate.perplexity.perplexity_of",
+    "m2d.evaluate.perplexity.measure",
     "m2d.choose.plan",
     "m2d.choose.scoring",
     "m2d.choose.grouping",
@@ -59,15 +59,5 @@ def commands() -> str:
 def python_reference() -> str:
     """Public functions, by their docstrings."""
     parts = ["# Python\n\nWhat m2d's commands do can be called from Python as well.\n"]
-    parts += [f"::: {name}\n" for name in FUNCTIONS if exists(name)]
+    parts += [f"::: {name}\n" for name in FUNCTIONS]
     return "\n".join(parts)
-
-
-def exists(name: str) -> bool:
-    """Whether a module or a function of a module has this dotted name."""
-    base = ROOT.joinpath(*name.split("."))
-    if base.with_suffix(".py").is_file() or base.is_dir():
-        return True
-    module = base.parent.with_suffix(".py")
-    found = module.is_file() and module.read_text(encoding="utf-8")
-    return bool(found) and f"def {base.name}(" in str(found)

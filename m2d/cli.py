@@ -10,7 +10,7 @@ import importlib
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from m2d import __version__
 from m2d.claims import claimed, describe_failure
@@ -84,11 +84,12 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         prog="m2d", description="Turn a Mixture-of-Experts language model into a dense one."
     )
     parser.add_argument("--version", action="version", version=f"m2d {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    debug: dict[str, Any] = {"action": "store_true", "help": "show tracebacks of user errors"}
+    parser.add_argument("--debug", **debug)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary)
-        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+        sub.add_argument("--debug", **debug, default=argparse.SUPPRESS)
         if name == command:
             importlib.import_module(module).add_arguments(sub)
     return parser

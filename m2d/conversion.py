@@ -81,33 +81,49 @@ def convert(
 ) -> Path:
     """Convert an MoE teacher into a dense student's folder, and return that folder.
 
-    teacher: a local folder or a hub id. out: must not exist, or be empty.
-    recipe: "paper", or "best": greedy neurons, fold, sequential refit and alignment. What else is
-    given takes the place of what the recipe says.
-    scoring, grouping, scaling: identifiers or the paper's terms. keep: K, experts kept in each
-    layer; as many as there are groups by default, which copies them exactly. groups: the student's
-    width in experts, the router's top-k by default; K experts are merged into so many.
-    granularity: "experts", or "neurons" to keep single neurons of all experts instead, by `choice`
-    "contribution" or "greedy": `width` of a layer, or as many as a student of `params` parameters
-    has (default: the width of the router's top-k); the student's FFN is a multiple of `multiple`
-    wide (default: 256, as llama.cpp's quantised types want it).
-    fold: "fixed" (by `alpha`), "layer" or "neuron" to put the router into the experts' gates first.
-    refit: "layer" or "sequential" to solve the down projections anew, with the tokens' `weighting`
-    "equal" or "relative". align: steps in which each layer's FFN is then trained on the teacher's
-    residual stream (docs/beyond.md).
-    One of text (files), tokens (a token file) or dataset (`NAME[@CONFIG][:SPLIT[:COLUMN]]`)
-    gives the calibration tokens; sequences and length say how many (512 of 2048; of a token file
-    all, or the first `sequences` of windows of `length`). column, bos: of text and dataset, as in
-    m2d tokenize.
-    budget: "30min" of time or "2M" tokens, from which sequences and align follow; the recipe is
-    then "best" unless another one is named.
-    dtype: of the computation; "auto" is the checkpoint's where the device is fast in it, else
-    float32. The student is written in the checkpoint's.
-    student_class: "sibling" for a dense class wherever one is known, "same" for the teacher's own
-    class with experts that every token takes. text_only: of a teacher with other parts, such as a
-    vision tower, the text model alone.
+    Args:
+        teacher: A local folder or a hub id.
+        out: The folder to write; must not exist, or be empty.
+        recipe: "paper" (whole experts, no repair), or "best": greedy neurons, fold, sequential
+            refit and alignment. What else is given takes the place of what the recipe says.
+        scoring: Identifier or the paper's term.
+        grouping: Likewise.
+        scaling: Likewise.
+        keep: K, experts kept in each layer; by default as many as there are groups, which copies
+            them exactly.
+        groups: The student's width in experts, the router's top-k by default; K experts are merged
+            into so many.
+        granularity: "experts", or "neurons" to keep single neurons of all experts instead.
+        choice: Of single neurons: "contribution" or "greedy".
+        width: Neurons of a layer (default: as many as the router's top-k experts have).
+        params: The student's parameters at most, in place of `width`.
+        multiple: What the FFN's width is a multiple of (default: 256, as llama.cpp's quantised
+            types want it).
+        fold: "fixed" (by `alpha`), "layer" or "neuron" to put the router into the experts' gates.
+        alpha: Of fold="fixed" (default: 1).
+        refit: "layer" or "sequential" to solve the down projections anew.
+        weighting: Of the tokens of a refit: "equal" or "relative".
+        align: Steps in which each layer's FFN is then trained on the teacher's residual stream
+            (docs/beyond.md).
+        text: Files with the calibration text; or give `tokens` or `dataset`.
+        tokens: A token file.
+        dataset: `NAME[@CONFIG][:SPLIT[:COLUMN]]`, through datasets.
+        sequences: How many (default: 512; of a token file all).
+        length: Tokens of each (default: 2048; of a token file its own).
+        column: Of text and dataset, as in `m2d tokenize`.
+        bos: Likewise.
+        budget: "30min" of time or "2M" tokens, from which `sequences` and `align` follow; the
+            recipe is then "best" unless another one is named.
+        dtype: Of the computation; "auto" is the checkpoint's where the device is fast in it, else
+            float32. The student is written in the checkpoint's.
+        device: Such as "cuda:1" (default: a GPU where there is one).
+        batch: Sequences at a time.
+        student_class: "sibling" for a dense class wherever one is known, "same" for the teacher's
+            own class with experts that every token takes.
+        text_only: Of a teacher with other parts, such as a vision tower, the text model alone.
 
-    Raises UserError on bad input, before anything is written.
+    Raises:
+        UserError: On bad input, before anything is written.
     """
     started = time.monotonic()
     if sum(source is not None for source in (text, tokens, dataset)) != 1:
