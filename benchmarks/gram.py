@@ -7,6 +7,7 @@ from common import clock_of, compute_on, cpu_time_option, device_option, report,
 from torch import nn
 
 from m2d.models.experts import StackedExperts
+from m2d.models.visit import Visit
 from m2d.statistics.gram import GramTotals, inner_products
 
 EXPERTS, WIDTH, HIDDEN, TOP_K = 128, 768, 2048, 8
@@ -36,14 +37,14 @@ def main() -> None:
     hidden = torch.randn(tokens, HIDDEN).to(compute)
     index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
     weights = torch.full((tokens, TOP_K), 1 / TOP_K, dtype=compute)
-    totals = GramTotals()
+    totals, batch = GramTotals(), Visit(0, router, experts, hidden, index, weights, weights)
     # The first batch also computes the weights' own Gram matrix, once a layer.
-    totals.visit(0, router, experts, hidden[:8], index[:8], weights[:8], weights[:8])
+    totals.visit(Visit(0, router, experts, *(x[:8] for x in (hidden, index, weights, weights))))
     size = PRODUCT if args.device.type == "cpu" else 2 * PRODUCT
     a, b = (torch.randn(size, size).to(compute) for _ in range(2))
     times = side_by_side(
         {
-            "gram": lambda: totals.visit(0, router, experts, hidden, index, weights, weights),
+            "gram": lambda: totals.visit(batch),
             "product": lambda: a @ b,
         },
         repeats=args.repeats,

@@ -23,6 +23,7 @@ from m2d.errors import UserError
 from m2d.models.resume import identity, kept_folder
 from m2d.models.routers import routed_rows
 from m2d.models.teacher import Teacher
+from m2d.models.visit import Visit
 from m2d.options import MOST
 from m2d.progress import say
 from m2d.recipes import Conversion
@@ -164,13 +165,13 @@ def measure_speed(
     router = routed_rows(layer.get_submodule(family.router), teacher.num_experts)
     experts: Any = layer.get_submodule(family.experts)
 
-    def timed(visit: Callable[..., None] | None) -> float:
+    def timed(visit: Callable[[Visit], None] | None) -> float:
         """Seconds a token of a pass through the layer, the second time."""
         taken = math.inf
         for _ in range(2):
             experts.observer = None
             if visit is not None:
-                experts.observer = lambda *args: visit(index, router, experts, *args)
+                experts.observer = lambda *batch: visit(Visit(index, router, experts, *batch))
             began = time.perf_counter()
             layer(model.hidden[0], **model.call(index, 0))
             _finish(device)
@@ -181,8 +182,8 @@ def measure_speed(
     passes, token = 1, 0.0
     if how.fold:
         far = torch.zeros(10**6, dtype=torch.bool)  # the probe is not to reach a layer's end
-        args = (family.probabilities, family.router_float32)
-        token, passes = token + timed(FoldTotals(far, 1, how.fold, how.alpha, *args).visit), 2
+        folding = FoldTotals(far, 1, how.fold, how.alpha, family.probabilities)
+        token, passes = token + timed(folding.visit), 2
     if how.granularity == "neurons":
         totals = NeuronTotals()
         token += timed(totals.visit)

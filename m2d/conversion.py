@@ -29,7 +29,8 @@ from m2d.options import AUTO, add_compute_options, add_student_options, number, 
 from m2d.progress import say
 from m2d.recipes import RECIPES, settled
 from m2d.refit.align import AlignSettings, align_student
-from m2d.refit.fold import MODES, collect_folds, fold_record, require_foldable
+from m2d.refit.fold import collect_folds, fold_record, require_foldable
+from m2d.refit.fold_choice import MODES
 from m2d.refit.halves import block_path
 from m2d.refit.refit import VARIANTS, WEIGHTINGS, refit_record, write_refitted
 from m2d.refit.refit import refit as refit_student

@@ -23,6 +23,7 @@ from m2d.models import checkpoint
 from m2d.models.families import SIBLINGS
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher, read_config
+from m2d.models.visit import Visit
 from m2d.statistics.files import SUMS
 from m2d.students.grid import GridStudent
 from m2d.students.merge import write_student
@@ -162,15 +163,15 @@ def test_a_visit_tells_the_routing_that_was_used(name: str, teachers: Any) -> No
     blocks = reference_blocks(name, teachers(name), tokens)
     seen = []
 
-    def visit(layer, router, experts, hidden, index, weights, norms):  # type: ignore[no-untyped-def]
-        block = blocks[layer]
-        torch.testing.assert_close(hidden, block.hidden, rtol=1e-4, atol=1e-5)
-        rows = torch.arange(len(hidden))[:, None]
-        chosen = block.outputs[index, rows]
-        torch.testing.assert_close(norms, chosen.norm(dim=-1), rtol=1e-4, atol=1e-5)
-        total = (chosen * weights[..., None]).sum(1) + block.rest
+    def visit(batch: Visit) -> None:
+        block = blocks[batch.layer]
+        torch.testing.assert_close(batch.hidden, block.hidden, rtol=1e-4, atol=1e-5)
+        rows = torch.arange(len(batch.hidden))[:, None]
+        chosen = block.outputs[batch.index, rows]
+        torch.testing.assert_close(batch.norms, chosen.norm(dim=-1), rtol=1e-4, atol=1e-5)
+        total = (chosen * batch.weights[..., None]).sum(1) + block.rest
         torch.testing.assert_close(total, block.output, rtol=1e-4, atol=1e-5)
-        seen.append(layer)
+        seen.append(batch.layer)
 
     teacher = open_teacher(teachers(name))
     StreamedTeacher(teacher, torch.float32, CPU).run(tokens, 2, visit)

@@ -18,8 +18,9 @@ from m2d.errors import UserError
 from m2d.models.folded import read_folds, with_shared_scales
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import Teacher, open_teacher
-from m2d.refit import fold
+from m2d.refit import fold_choice
 from m2d.refit.fold import collect_folds
+from m2d.refit.fold_choice import ALPHAS, LEAST_GAIN, MODES
 from m2d.refit.splits import held_out_sequences
 from m2d.statistics.gram import GramTotals
 from m2d.statistics.neurons import CandidateMoments
@@ -135,7 +136,7 @@ def test_a_folded_student_is_that_of_a_teacher_with_other_gates(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every family: the same as editing the teacher's gates by hand and folding nothing."""
-    monkeypatch.setattr(fold, "LEAST_GAIN", -9.0)  # fold whatever the tokens say
+    monkeypatch.setattr(fold_choice, "LEAST_GAIN", -9.0)  # fold whatever the tokens say
     folder = family_teachers.make(name, tmp_path / "t")
     teacher = open_teacher(folder)
     family = teacher.family
@@ -202,7 +203,7 @@ def reference(folder: Path, alpha: float) -> list[dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def folds(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    monkeypatch.setattr(fold, "LEAST_GAIN", -9.0)
+    monkeypatch.setattr(fold_choice, "LEAST_GAIN", -9.0)
     return collect_folds(stream_of(tiny_teacher), TOKENS, 3, "fixed", 1.0)
 
 
@@ -250,13 +251,13 @@ def test_fitted_alphas_are_no_worse_than_any_of_them(tiny_teacher: Path) -> None
     for index in layer:
         assert layer[index].report.r2_after >= layer[index].report.r2_before
         assert neuron[index].report.r2_after >= layer[index].report.r2_after
-        assert set(layer[index].alpha.unique().tolist()) <= {0.0, *fold.ALPHAS}
+        assert set(layer[index].alpha.unique().tolist()) <= {0.0, *ALPHAS}
         assert len(layer[index].alpha.unique()) == 1
 
 
 def test_a_layer_that_gains_nothing_is_left(tmp_path: Path) -> None:
     folder = family_teachers.make_uniform("qwen3_moe", tmp_path / "t")
-    for mode in fold.MODES:
+    for mode in MODES:
         for found in collect_folds(stream_of(folder), TOKENS, 4, mode).values():
             assert found.report.choice == "none"
             assert not found.alpha.any()
@@ -277,7 +278,7 @@ def test_the_report_is_what_folding_finds(
         assert row["unfolded"] == pytest.approx(report.r2_before, abs=1e-6)
         assert row["alpha 1"] == pytest.approx(report.r2_after, abs=1e-6)
         best = max(row[way] for way in ("unfolded", "per layer", "per neuron"))
-        assert best == pytest.approx(neuron[row["layer"]].report.r2_after, abs=fold.LEAST_GAIN)
+        assert best == pytest.approx(neuron[row["layer"]].report.r2_after, abs=LEAST_GAIN)
     assert "alpha 1 helps in 2 of 2 layers" in capsys.readouterr().out
 
 

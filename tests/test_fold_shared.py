@@ -16,7 +16,8 @@ from m2d.cli import main
 from m2d.models.folded import read_folds, write_folds
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
-from m2d.refit.fold import SHARED_ALPHAS, collect_folds
+from m2d.refit.fold import collect_folds
+from m2d.refit.fold_choice import SHARED_ALPHAS
 from m2d.refit.splits import held_out_sequences
 
 TOKENS = torch.randint(0, VOCABULARY, (16, 16), generator=torch.Generator().manual_seed(5))

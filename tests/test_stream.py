@@ -12,6 +12,7 @@ from m2d.errors import UserError
 from m2d.inspect import inspect
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
+from m2d.models.visit import Visit
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,8 @@ def test_visits_every_moe_layer_and_token_with_the_routing_that_was_used(
     blocks = [layer.mlp for layer in model.model.layers]
     seen = {0: 0, 1: 0}
 
-    def visit(layer, router, experts, hidden, index, weights, norms):  # type: ignore[no-untyped-def]
+    def visit(batch: Visit) -> None:
+        layer, hidden, index, weights = batch.layer, batch.hidden, batch.index, batch.weights
         expected = blocks[layer](hidden[None])[0]
         stock = blocks[layer].experts
         routed = torch.zeros_like(hidden)
@@ -64,7 +66,7 @@ def test_visits_every_moe_layer_and_token_with_the_routing_that_was_used(
                 expert = index[token, slot]
                 gate, up = (stock.gate_up_proj[expert] @ hidden[token]).chunk(2)
                 output = stock.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
-                torch.testing.assert_close(norms[token, slot], output.norm())
+                torch.testing.assert_close(batch.norms[token, slot], output.norm())
                 routed[token] += weights[token, slot] * output
         torch.testing.assert_close(routed, expected, rtol=1e-4, atol=1e-5)
         seen[layer] += len(hidden)

@@ -28,6 +28,7 @@ from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.fingerprint import require_teacher
 from m2d.models.teacher import Teacher
+from m2d.models.visit import Visit
 from m2d.sealed import digest_of, require_digest, require_finite_arrays
 
 FORMAT = 1
@@ -110,6 +111,22 @@ class LayerFold:
 
 Folds = Mapping[int, LayerFold]
 """By layer."""
+
+
+class FoldedInTurn:
+    """The folded experts of the layer that a pass has come to."""
+
+    def __init__(self, folds: Folds | None):
+        self.folds = folds or {}
+        self.layer: int | None = None
+
+    def at(self, seen: Visit) -> StackedExperts:
+        """The experts of that layer, folded; themselves where nothing changes."""
+        if self.layer != seen.layer:
+            fold = self.folds.get(seen.layer)
+            self.layer = seen.layer
+            self.experts = seen.experts if fold is None else fold.experts(seen.experts)
+        return self.experts
 
 
 def write_folds(path: str | Path, folds: Folds, metadata: dict[str, Any]) -> None:

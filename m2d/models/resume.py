@@ -22,6 +22,7 @@ from torch import Tensor
 from m2d import __version__
 from m2d.artifacts import atomic_path, make_own_folder, read_json, reading, sha256_of, write_json
 from m2d.errors import UserError
+from m2d.models.visit import Visit
 from m2d.progress import say
 
 # A layer's end is kept where the last one that was kept is so many seconds ago.
@@ -46,8 +47,8 @@ class Results(Protocol):
 class Totals(Results, Protocol):
     """What a pass adds up, layer by layer."""
 
-    def visit(self, *args: Any) -> None:
-        """Add a batch of a layer (m2d.models.stream.Visitor)."""
+    def visit(self, seen: Visit) -> None:
+        """Add a batch of a layer."""
 
 
 Found = TypeVar("Found", bound=Results)
@@ -70,9 +71,9 @@ class Together:
     def __init__(self, **parts: Totals):
         self.parts = parts
 
-    def visit(self, *args: Any) -> None:
+    def visit(self, seen: Visit) -> None:
         for part in self.parts.values():
-            part.visit(*args)
+            part.visit(seen)
 
     def state(self, layer: int) -> Arrays:
         return {

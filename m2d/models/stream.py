@@ -38,12 +38,9 @@ from m2d.models.skeleton import (
     text_paths,
 )
 from m2d.models.teacher import Teacher, layers_of
+from m2d.models.visit import Visit
 from m2d.models.widen import held, widen
 from m2d.progress import progress
-
-# Called with every batch of a MoE layer: (layer index, router module, experts module, hidden
-# [N, H], top-k index [N, k], top-k weights [N, k], norms of the selected outputs [N, k]).
-Visitor = Callable[[int, nn.Module, StackedExperts, Tensor, Tensor, Tensor, Tensor], None]
 
 
 class StreamedTeacher:
@@ -136,7 +133,7 @@ class StreamedTeacher:
         self,
         input_ids: Tensor,
         batch: int,
-        visit: Visitor | None = None,
+        visit: Callable[[Visit], None] | None = None,
         title: str = "layers",
         kept: Kept[Totals] | None = None,
     ) -> HiddenStates:
@@ -208,7 +205,7 @@ class StreamedTeacher:
         """Bytes of hidden states up to which they stay on the device."""
         return free_memory(self.device) // 4 if self.device.type == "cuda" else IN_MEMORY_BYTES
 
-    def _observe(self, layer: nn.Module, index: int, visit: Visitor | None) -> None:
+    def _observe(self, layer: nn.Module, index: int, visit: Callable[[Visit], None] | None) -> None:
         if visit is None or index not in self.teacher.moe_layers:
             return
         family = self.teacher.family
@@ -225,7 +222,7 @@ class StreamedTeacher:
 
         if not family.scales_input:
             module.register_forward_pre_hook(note)
-        experts.observer = lambda *batch: visit(index, router, experts, *batch)
+        experts.observer = lambda *batch: visit(Visit(index, router, experts, *batch))
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, hidden: Tensor, rows: slice) -> Tensor:

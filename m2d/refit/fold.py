@@ -1,19 +1,14 @@
 """Fold the router into the experts' gate rows, by how much that helps on held-out tokens.
 
-One pass of calibration tokens through the teacher. For every neuron, t = w_e h_j is what it gives
-in the teacher (0 where its expert is not selected), and f what the folded neuron gives on every
-token. Whatever alpha is, the best constant scale and the error that it leaves follow from the sums
-of t f, f f and t t. A shared expert whose gate sigmoid(v x) depends on the token is folded in the
-same way, as one expert that every token takes, with v in the place of the router's row.
+One pass of calibration tokens through the teacher; m2d/refit/fold_choice.py chooses. A shared
+expert whose gate sigmoid(v x) depends on the token is folded in the same way, as one expert that
+every token takes, with v in the place of the router's row.
 
-Shapes: N tokens, E routed experts, I an expert's intermediate size, H hidden size, C candidates.
+Shapes: N tokens, E routed experts, I an expert's intermediate size, H hidden size.
 """
 
 import argparse
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,78 +34,20 @@ from m2d.models.resume import Keeper, identity, keeper, remove_kept
 from m2d.models.routers import RouterRows
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import Teacher, layers_of, open_teacher
+from m2d.models.visit import Visit
 from m2d.options import add_compute_options, number
 from m2d.progress import say
+from m2d.refit.fold_choice import (
+    MODES,
+    Choice,
+    SplitSums,
+    candidates_for,
+    candidates_of_shared,
+    choose_fold,
+)
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
 from m2d.statistics.routing import provenance
 from m2d.tokens.files import read_tokens
-
-ALPHAS = (0.5, 1.0, 1.5, 2.0, 3.0)
-SHIFTS = (0.0, -1.0, -2.0)  # of the gate's bias, in families that have one
-SHARED_ALPHAS = (0.25, *ALPHAS)  # of a shared expert's gate, which never closes altogether
-LEAST_GAIN = 1e-3  # of a layer's R2; less is noise
-MODES = ("fixed", "layer", "neuron")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to fold: gate row + alpha (router row - mean row, if centred), bias + shift."""
-
-    alpha: float
-    shift: float = 0.0
-    centred: bool = True
-
-
-UNFOLDED = Candidate(0.0)
-
-
-def candidates_for(mode: str, alpha: float, kind: str, biases: bool) -> list[Candidate]:
-    """The unfolded neuron first, then what is tried.
-
-    A softmax does not change when all logits move together, so only differences from the mean can
-    matter; a sigmoid's logits mean something by themselves, and both are tried.
-    """
-    alphas = (alpha,) if mode == "fixed" else ALPHAS
-    shifts = SHIFTS if biases and mode != "fixed" else (0.0,)
-    centred = (True, False) if kind == "sigmoid" else (True,)
-    return [UNFOLDED] + [Candidate(a, s, c) for c in centred for a in alphas for s in shifts if a]
-
-
-def candidates_of_shared(mode: str, alpha: float) -> list[Candidate]:
-    """The same for a shared expert's gate, a sigmoid of one number."""
-    alphas = (alpha,) if mode == "fixed" else SHARED_ALPHAS
-    return [UNFOLDED] + [Candidate(a, centred=False) for a in alphas if a]
-
-
-@dataclass
-class FoldSums:
-    """Sums over tokens, float64: tt [E, I]; tf and ff [C, E, I]."""
-
-    tt: Tensor
-    tf: Tensor
-    ff: Tensor
-
-    @classmethod
-    def zero(cls, candidates: int, experts: int, width: int, device: torch.device) -> "FoldSums":
-        """The sums of no token at all."""
-        shape = (candidates, experts, width)
-        tf, ff = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
-        return cls(torch.zeros(shape[1:], dtype=torch.float64, device=device), tf, ff)
-
-    def add(self, expert: int, target: Tensor, found: Sequence[Tensor]) -> None:
-        """Add tokens of one expert: t [N, I], and each candidate's f [N, I]."""
-        self.tt[expert] += target.square().sum(0)
-        for i, f in enumerate(found):
-            self.tf[i, expert] += (target * f).sum(0)
-            self.ff[i, expert] += f.square().sum(0)
-
-    def scales(self) -> Tensor:
-        """[C, E, I]: the constant by which f comes nearest to t; 0 where f is."""
-        return torch.where(self.ff > 0, self.tf / self.ff.clamp_min(1e-300), 0.0)
-
-    def errors(self, scales: Tensor) -> Tensor:
-        """[C, E, I]: sum of (t - s f)^2."""
-        return self.tt - 2 * scales * self.tf + scales.square() * self.ff
 
 
 class FoldTotals:
@@ -119,63 +56,44 @@ class FoldTotals:
     held_out: bool [S], sequences of `length` tokens that judge what the others chose.
     """
 
-    def __init__(
-        self, held_out: Tensor, length: int, mode: str, alpha: float, kind: str, float32: bool
-    ):
+    def __init__(self, held_out: Tensor, length: int, mode: str, alpha: float, kind: str):
         if mode not in MODES:
             raise UserError(f"unknown fold {mode!r}; known: {', '.join(MODES)}")
         self.held_out = held_out.repeat_interleave(length)
-        self.mode, self.alpha, self.kind, self.float32 = mode, alpha, kind, float32
+        self.mode, self.alpha, self.kind = mode, alpha, kind
         self.folds: dict[int, LayerFold] = {}
-        self.parts: tuple[FoldSums, FoldSums] | None = None  # to fit, held out
-        self.shared: tuple[FoldSums, FoldSums] | None = None  # the same of the shared expert
+        self.sums: SplitSums | None = None
+        self.shared: SplitSums | None = None  # of the shared expert
         self.seen = 0
         self.quiet = False
 
-    def visit(
-        self,
-        layer: int,
-        router: nn.Module,
-        experts: StackedExperts,
-        hidden: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        norms: Tensor,
-    ) -> None:
-        biases = experts.gate_up_bias is not None
-        candidates = candidates_for(self.mode, self.alpha, self.kind, biases)
+    def visit(self, seen: Visit) -> None:
+        layer, router, experts, hidden = seen.layer, seen.router, seen.experts, seen.hidden
         count, width = experts.num_experts, experts.down_proj.shape[2]
-        if self.parts is None:
-            sizes = (len(candidates), count, width, hidden.device)
-            self.parts = (FoldSums.zero(*sizes), FoldSums.zero(*sizes))
+        if self.sums is None:
+            biases = experts.gate_up_bias is not None
+            candidates = candidates_for(self.mode, self.alpha, self.kind, biases)
+            self.sums = SplitSums.zero(candidates, count, width, hidden.device)
         held_out = self.held_out[self.seen : self.seen + len(hidden)].to(hidden.device)
-        routes = [router_directions(router, centred) for centred in (True, False)]
-        shares = [functional.linear(hidden.float(), rows, offset) for rows, offset in routes]
+        routes = [router_directions(router, centred) for centred in (False, True)]
+        plain, centred = (functional.linear(hidden.float(), *route) for route in routes)
         dense = hidden.new_zeros(len(hidden), count, dtype=torch.float32)
-        dense.scatter_(1, index, weights.float())
+        dense.scatter_(1, seen.index, seen.weights.float())
         for expert in range(count):
             gate_up = experts.gate_up(expert, hidden).float()
-            found = []
-            for candidate in candidates:
-                moved = gate_up.clone()
-                share = shares[0 if candidate.centred else 1][:, expert, None]
-                moved[:, :width] += candidate.alpha * share + candidate.shift
-                found.append(experts.glu(moved))
-            target = found[0] * dense[:, expert, None]
-            for part, chosen in zip(self.parts, (~held_out, held_out), strict=True):
-                part.add(expert, target[chosen], [f[chosen] for f in found])
+            logits = (plain[:, [expert]], centred[:, [expert]])
+            weight = dense[:, [expert]]
+            self.sums.add(expert, gate_up, logits, experts.glu, weight, held_out)
         if isinstance(router, RouterRows) and router.shared_gate is not None:
             self.add_shared(router, experts, hidden, held_out)
         self.seen += len(hidden)
         if self.seen == len(self.held_out):  # the layer is through
-            energy = experts.down_proj[:count].float().square().sum(1)
-            fit, judge = self.parts
-            self.finish(layer, candidates, fit, judge, energy.double())
-            fold = choose_fold(layer, self.mode, candidates, fit, judge, energy.double())
-            rows, offset = routes[0 if fold.report.centred else 1]
+            energy = experts.down_proj[:count].float().square().sum(1).double()
+            self.finish(layer, self.sums, energy)
+            fold = choose_fold(layer, self.mode, self.sums, energy)
             shared = self.fold_of_shared(layer, router)
-            self.folds[layer] = as_layer_fold(fold, rows, offset, shared)
-            self.parts, self.shared, self.seen = None, None, 0
+            self.folds[layer] = as_layer_fold(fold, *routes[fold.report.centred], shared)
+            self.sums, self.shared, self.seen = None, None, 0
             if not self.quiet:
                 say(describe(self.folds[layer]))
 
@@ -186,20 +104,12 @@ class FoldTotals:
         assert router.shared_gate is not None
         halves = [projection.weight.to(hidden.dtype) for projection in projections_of(router)[:2]]
         gate_up = functional.linear(hidden, torch.cat(halves)).float()
-        width = gate_up.shape[1] // 2
-        logit = functional.linear(hidden.float(), router.shared_gate.float())  # [N, 1]
-        candidates = candidates_of_shared(self.mode, self.alpha)
         if self.shared is None:
-            sizes = (len(candidates), 1, width, hidden.device)
-            self.shared = (FoldSums.zero(*sizes), FoldSums.zero(*sizes))
-        found = []
-        for candidate in candidates:
-            moved = gate_up.clone()
-            moved[:, :width] += candidate.alpha * logit
-            found.append(experts.glu(moved))
-        target = found[0] * logit.sigmoid()
-        for part, chosen in zip(self.shared, (~held_out, held_out), strict=True):
-            part.add(0, target[chosen], [f[chosen] for f in found])
+            candidates = candidates_of_shared(self.mode, self.alpha)
+            width = gate_up.shape[1] // 2
+            self.shared = SplitSums.zero(candidates, 1, width, hidden.device)
+        logit = functional.linear(hidden.float(), router.shared_gate.float())  # [N, 1]
+        self.shared.add(0, gate_up, (logit, logit), experts.glu, logit.sigmoid(), held_out)
 
     def fold_of_shared(self, layer: int, router: nn.Module) -> LayerFold | None:
         """The shared expert's fold, where it has a gate."""
@@ -208,8 +118,7 @@ class FoldTotals:
         assert isinstance(router, RouterRows)
         assert router.shared_gate is not None
         energy = projections_of(router)[2].weight.double().square().sum(0)[None]
-        candidates = candidates_of_shared(self.mode, self.alpha)
-        fold = choose_fold(layer, self.mode, candidates, *self.shared, energy)
+        fold = choose_fold(layer, self.mode, self.shared, energy)
         row = router.shared_gate.detach().float()
         return as_layer_fold(fold, row, row.new_zeros(1))
 
@@ -224,14 +133,7 @@ class FoldTotals:
         tensors = {n: torch.from_numpy(array) for n, array in state.items() if n != "report"}
         self.folds[layer] = fold_of(json.loads(state["report"].tobytes()), tensors)
 
-    def finish(
-        self,
-        layer: int,
-        candidates: Sequence[Candidate],
-        fit: FoldSums,
-        judge: FoldSums,
-        energy: Tensor,
-    ) -> None:
+    def finish(self, layer: int, sums: SplitSums, energy: Tensor) -> None:
         """Called with a layer's sums once they are whole; `m2d fold-report` looks at them here."""
 
 
@@ -262,16 +164,6 @@ def router_directions(router: nn.Module, centred: bool) -> tuple[Tensor, Tensor]
     return (rows - rows.mean(0), offset - offset.mean()) if centred else (rows, offset)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A layer's fold but for the router's rows: alpha and shift [E, I], scale [E]."""
-
-    report: FoldReport
-    alpha: Tensor
-    shift: Tensor
-    scale: Tensor
-
-
 def as_layer_fold(
     choice: Choice, rows: Tensor, offset: Tensor, shared: LayerFold | None = None
 ) -> LayerFold:
@@ -279,70 +171,6 @@ def as_layer_fold(
     parts = dict(zip(PARTS, (choice.alpha, rows, offset, choice.shift, choice.scale), strict=True))
     own: dict[str, Any] = {name: tensor.cpu().float() for name, tensor in parts.items()}
     return LayerFold(choice.report, **own, shared=shared)
-
-
-def choose_fold(
-    layer: int,
-    mode: str,
-    candidates: Sequence[Candidate],
-    fit: FoldSums,
-    judge: FoldSums,
-    energy: Tensor,
-) -> Choice:
-    """The fold that `fit` finds best, or none at all where `judge`, the held-out tokens, gains
-    nothing.
-
-    mode: "fixed" takes the one alpha tried; "layer" one candidate for all neurons; "neuron" one for
-    each, if that too is better than one for all. energy [E, I]: ||d_ej||^2 of the down columns.
-    """
-    fitted, judged = weighted_errors(fit, judge, energy)
-
-    def r2(chosen: Tensor) -> float:
-        return share_reproduced(judged, chosen, judge, energy)
-
-    nothing = torch.zeros_like(fit.tt, dtype=torch.long)
-    best, kind, before = nothing, "none", r2(nothing)
-    after, centred = before, True
-    for way in (True, False):
-        own = [i for i, c in enumerate(candidates) if i and c.centred == way]
-        if not own:
-            continue
-        one = min(own, key=lambda i: float(fitted[i].sum()))
-        options = [("fixed" if mode == "fixed" else "layer", nothing + one)]
-        if mode == "neuron":
-            subset = torch.tensor([0, *own], device=fitted.device)
-            options.append(("neuron", subset[fitted[subset].argmin(0)]))
-        for name, chosen in options:
-            gained = r2(chosen)
-            if gained > after + LEAST_GAIN:
-                best, kind, after, centred = chosen, name, gained, way
-    table = torch.tensor(
-        [(c.alpha, c.shift) for c in candidates], dtype=torch.float64, device=energy.device
-    )
-    alpha, shift = table[best].unbind(-1)
-    tf, ff = (sums.gather(0, best[None])[0] * energy for sums in (fit.tf, fit.ff))
-    scale = tf.sum(1) / ff.sum(1).clamp_min(1e-300)
-    weight = energy * fit.tt
-    mean = float((alpha * weight).sum() / weight.sum().clamp_min(1e-300))
-    report = FoldReport(layer, kind, centred, mean, before, after)
-    return Choice(report, alpha, shift, scale)
-
-
-def weighted_errors(fit: FoldSums, judge: FoldSums, energy: Tensor) -> tuple[Tensor, Tensor]:
-    """[C, E, I] of either part, with the scales that `fit` finds best."""
-    scales = fit.scales()
-    return energy * fit.errors(scales), energy * judge.errors(scales)
-
-
-def share_reproduced(judged: Tensor, chosen: Tensor, judge: FoldSums, energy: Tensor) -> float:
-    """R2 of a layer whose neurons take the candidates `chosen` [E, I].
-
-    Raises UserError where the sums are not finite.
-    """
-    total = float((energy * judge.tt).sum())
-    if not math.isfinite(total):
-        raise UserError("the experts give numbers that are not finite; compute in another --dtype")
-    return 1 - float(judged.gather(0, chosen[None]).sum()) / total if total > 0 else 0.0
 
 
 def splits_for(tokens: Tensor, held_out_every: int = HELD_OUT_EVERY) -> Tensor:
@@ -369,9 +197,7 @@ def collect_folds(
     family = stream.teacher.family
     require_foldable(stream.teacher)
     held_out = splits_for(tokens, held_out_every)
-    totals = FoldTotals(
-        held_out, tokens.shape[1], mode, alpha, family.probabilities, family.router_float32
-    )
+    totals = FoldTotals(held_out, tokens.shape[1], mode, alpha, family.probabilities)
     stream.run(tokens, batch, totals.visit, "folding, layers", keep and keep("fold", totals))
     return totals.folds
 
@@ -432,7 +258,6 @@ def main(args: argparse.Namespace) -> None:
     keep = keeper(args.out, what)
     folds = collect_folds(stream, tokens, args.batch, args.mode, args.alpha, keep=keep)
     about = provenance(teacher, args.tokens, dtype)
-    record = {"mode": args.mode, "sequences": tokens.shape[0], "length": tokens.shape[1]}
-    write_folds(args.out, folds, {**about, **record})
+    write_folds(args.out, folds, about | fold_record(args.mode, tokens, folds))
     remove_kept(args.out)
     say(f"{args.out}: {len(folds)} layers, {tokens.numel()} tokens")

@@ -16,14 +16,12 @@ from m2d.devices import compute_dtype, pick_device
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
 from m2d.options import add_compute_options
-from m2d.refit.fold import (
+from m2d.refit.fold import FoldTotals, require_foldable, splits_for
+from m2d.refit.fold_choice import (
     LEAST_GAIN,
     Candidate,
-    FoldSums,
-    FoldTotals,
-    require_foldable,
+    SplitSums,
     share_reproduced,
-    splits_for,
     weighted_errors,
 )
 from m2d.tokens.files import read_tokens
@@ -39,20 +37,14 @@ class FoldTable(FoldTotals):
         super().__init__(*args, **options)
         self.rows: list[dict[str, Any]] = []
 
-    def finish(
-        self,
-        layer: int,
-        candidates: Sequence[Candidate],
-        fit: FoldSums,
-        judge: FoldSums,
-        energy: Tensor,
-    ) -> None:
-        fitted, judged = weighted_errors(fit, judge, energy)
-        nothing = torch.zeros_like(fit.tt, dtype=torch.long)
+    def finish(self, layer: int, sums: SplitSums, energy: Tensor) -> None:
+        candidates = sums.candidates
+        fitted, judged = weighted_errors(sums, energy)
+        nothing = torch.zeros_like(sums.fit.tt, dtype=torch.long)
         one = candidates.index(Candidate(1.0))
         best = int(fitted.flatten(1).sum(1).argmin())
         chosen = (nothing, nothing + one, nothing + best, fitted.argmin(0))
-        found = [share_reproduced(judged, way, judge, energy) for way in chosen]
+        found = [share_reproduced(judged, way, sums, energy) for way in chosen]
         row = {"layer": layer, **dict(zip(WAYS, found, strict=True))}
         self.rows.append({**row, "alpha of the layer": candidates[best].alpha})
 
@@ -66,9 +58,7 @@ def fold_table(stream: StreamedTeacher, tokens: Tensor, batch: int) -> list[dict
     family = stream.teacher.family
     require_foldable(stream.teacher)
     held_out = splits_for(tokens)
-    totals = FoldTable(
-        held_out, tokens.shape[1], "neuron", 1.0, family.probabilities, family.router_float32
-    )
+    totals = FoldTable(held_out, tokens.shape[1], "neuron", 1.0, family.probabilities)
     totals.quiet = True
     stream.run(tokens, batch, totals.visit, "fold-report, layers")
     for row in totals.rows:

@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2d.choose.layer_statistics import GramStatistics
 from m2d.devices import free_memory, multiplies_fast
 from m2d.models.experts import TILE, StackedExperts
-from m2d.models.folded import Folds, folds_of
+from m2d.models.folded import FoldedInTurn, Folds, folds_of
 from m2d.models.routers import router_gram
+from m2d.models.visit import Visit
 from m2d.statistics.routing import add_statistics_options, collect
-from m2d.statistics.shards import LayerSums, gram_statistics
+from m2d.statistics.shards import LayerSums, LayerTotals, gram_statistics
 
 # Memory that all experts' outputs on a chunk of tokens may take on a CPU.
 CHUNK_BYTES = 220_000_000
@@ -93,37 +94,25 @@ def routed_output(outputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(weights[:, None].to(outputs.dtype), chosen).squeeze(1)
 
 
-class GramTotals:
+class GramTotals(LayerTotals):
     """Adds up Gram statistics by layer; its `visit` goes to StreamedTeacher.run.
 
     With `folds`, f_e are the folded experts' outputs; y stays the teacher's.
     """
 
     def __init__(self, folds: Folds | None = None) -> None:
-        self.folds = folds or {}
-        self.folded: tuple[int, StackedExperts] | None = None
-        self.layers: dict[int, LayerSums] = {}  # inner_products [E + 1, E + 1]: experts, then y
+        super().__init__()  # inner_products [E + 1, E + 1]: experts, then y
+        self.folded = FoldedInTurn(folds)
         # [E + 1, N H], reused: fresh memory for every chunk would cost a third of the time.
         self.buffer = torch.empty(0)
 
-    def visit(
-        self,
-        layer: int,
-        router: nn.Module,
-        experts: StackedExperts,
-        hidden: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        norms: Tensor,
-    ) -> None:
+    def visit(self, seen: Visit) -> None:
+        layer, experts, hidden = seen.layer, seen.experts, seen.hidden
         if layer not in self.layers:
-            own = {"weight_gram": weight_gram(experts), "router_gram": router_gram(router)}
+            own = {"weight_gram": weight_gram(experts), "router_gram": router_gram(seen.router)}
             same = {name: value.cpu().numpy() for name, value in own.items()}
             self.layers[layer] = LayerSums(same=same)
-        if self.folded is None or self.folded[0] != layer:
-            fold = self.folds.get(layer)
-            self.folded = (layer, experts if fold is None else fold.experts(experts))
-        folded = self.folded[1]
+        folded = self.folded.at(seen)
         count, size = experts.num_experts + 1, hidden.shape[1]
         chunks = even_chunks(
             len(hidden), chunk_tokens(count * size * hidden.element_size(), hidden)
@@ -135,7 +124,7 @@ class GramTotals:
             tokens = rows.stop - rows.start
             outputs = self.buffer[:, : tokens * size]
             every_expert(experts, hidden[rows], outputs)
-            outputs[-1] = routed_output(outputs, index[rows], weights[rows]).flatten()
+            outputs[-1] = routed_output(outputs, seen.index[rows], seen.weights[rows]).flatten()
             if folded is not experts:
                 every_expert(folded, hidden[rows], outputs)
             products = inner_products(outputs).cpu().numpy()
@@ -147,14 +136,6 @@ class GramTotals:
                     "n_tokens": np.array(float(tokens)),
                 }
             )
-
-    def state(self, layer: int) -> dict[str, Any]:
-        """A layer's sums (m2d.models.resume.Totals)."""
-        return self.layers[layer].arrays()
-
-    def restore(self, layer: int, state: dict[str, Any]) -> None:
-        """A layer's sums as `state` gave them."""
-        self.layers[layer] = LayerSums.of_arrays(state)
 
     def result(self) -> dict[int, GramStatistics]:
         """Gram statistics by layer."""

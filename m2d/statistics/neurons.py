@@ -31,12 +31,12 @@ from m2d.choose.neurons import (
 )
 from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
-from m2d.models.experts import StackedExperts
-from m2d.models.folded import Folds, folds_of
+from m2d.models.folded import FoldedInTurn, Folds, folds_of
 from m2d.models.resume import Keeper, identity, keeper, remove_kept
 from m2d.models.routers import shared_weights
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
+from m2d.models.visit import Visit
 from m2d.models.widths import add_width_options, chosen_width
 from m2d.options import add_compute_options, positive
 from m2d.progress import say
@@ -60,16 +60,8 @@ class NeuronTotals:
         self.sums: dict[int, dict[str, Tensor]] = {}
         self.shared: dict[int, float | None] = {}
 
-    def visit(
-        self,
-        layer: int,
-        router: nn.Module,
-        experts: StackedExperts,
-        hidden: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        norms: Tensor,
-    ) -> None:
+    def visit(self, seen: Visit) -> None:
+        layer, experts, hidden = seen.layer, seen.experts, seen.hidden
         count = experts.num_experts
         if layer not in self.sums:
             down = experts.down_proj[:count].float()
@@ -82,14 +74,14 @@ class NeuronTotals:
             self.tokens[layer], self.shared[layer] = 0, None
         sums = self.sums[layer]
         for expert in range(count):
-            rows, place = torch.nonzero(index == expert, as_tuple=True)
+            rows, place = torch.nonzero(seen.index == expert, as_tuple=True)
             if len(rows):
-                weight = weights[rows, place].float()
+                weight = seen.weights[rows, place].float()
                 inner = experts.inner(expert, hidden[rows]).float() * weight[:, None]
                 sums["weighted_square_sum"][expert] += inner.square().sum(0)
                 sums["weight_sum"][expert] += weight.double().sum()
         self.tokens[layer] += len(hidden)
-        shared = shared_weights(router, hidden)
+        shared = shared_weights(seen.router, hidden)
         if shared is not None:
             self.shared[layer] = (self.shared[layer] or 0.0) + float(shared.double().sum())
 
@@ -134,39 +126,27 @@ class CandidateMoments:
     """
 
     def __init__(self, candidates: Mapping[int, Neurons], folds: Folds | None = None):
-        self.candidates, self.folds = candidates, folds or {}
+        self.candidates, self.folded = candidates, FoldedInTurn(folds)
         self.moments: dict[int, Moments] = {}
-        self.folded: tuple[int, StackedExperts] | None = None
 
-    def visit(
-        self,
-        layer: int,
-        router: nn.Module,
-        experts: StackedExperts,
-        hidden: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        norms: Tensor,
-    ) -> None:
+    def visit(self, seen: Visit) -> None:
+        layer, experts, hidden = seen.layer, seen.experts, seen.hidden
         chosen = torch.from_numpy(self.candidates[layer]).to(hidden.device)
         if layer not in self.moments:
             self.moments[layer] = Moments.zero(len(chosen), hidden.shape[1], hidden.device)
-        if self.folded is None or self.folded[0] != layer:
-            fold = self.folds.get(layer)
-            self.folded = (layer, experts if fold is None else fold.experts(experts))
-        folded = self.folded[1]
+        folded = self.folded.at(seen)
         columns = hidden.new_empty(len(hidden), len(chosen), dtype=torch.float32)
         target = hidden.new_zeros(*hidden.shape, dtype=torch.float32)
         for expert in range(experts.num_experts):
             mine = torch.nonzero(chosen[:, 0] == expert)[:, 0]
-            rows, place = torch.nonzero(index == expert, as_tuple=True)
+            rows, place = torch.nonzero(seen.index == expert, as_tuple=True)
             if not len(mine) and not len(rows):
                 continue
             inner = experts.inner(expert, hidden)
             own = inner if folded is experts else folded.inner(expert, hidden)
             columns[:, mine] = own[:, chosen[mine, 1]].float()
             out = nn.functional.linear(inner[rows], *experts.down(expert, hidden.dtype))
-            target.index_add_(0, rows, out.float() * weights[rows, place].float()[:, None])
+            target.index_add_(0, rows, out.float() * seen.weights[rows, place].float()[:, None])
         self.moments[layer].add(columns, target)
 
     def state(self, layer: int) -> dict[str, Any]:

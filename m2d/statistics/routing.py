@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2d import __version__
 from m2d.artifacts import sha256_of
 from m2d.choose.layer_statistics import RoutingStatistics
 from m2d.devices import compute_dtype, computed_on, dtype_name, pick_device
-from m2d.models.experts import StackedExperts
 from m2d.models.resume import Kept, identity, remove_kept
 from m2d.models.routers import PROBABILITIES, router_gram, router_logits, shared_weights
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import Teacher, open_teacher
+from m2d.models.visit import Visit
 from m2d.options import add_compute_options
 from m2d.progress import say
 from m2d.statistics.shards import (
     LayerSums,
+    LayerTotals,
     parse_share,
     routing_statistics,
     share_rows,
@@ -62,42 +63,25 @@ def routing_sums(
     }
 
 
-class RoutingTotals:
+class RoutingTotals(LayerTotals):
     """Adds up `routing_sums` of every batch, by layer; its `visit` goes to StreamedTeacher.run."""
 
     def __init__(self, teacher: Teacher):
+        super().__init__()
         self.probabilities = PROBABILITIES[teacher.family.probabilities]
         self.float32 = teacher.family.router_float32
-        self.layers: dict[int, LayerSums] = {}
 
-    def visit(
-        self,
-        layer: int,
-        router: nn.Module,
-        experts: StackedExperts,
-        hidden: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        norms: Tensor,
-    ) -> None:
-        if layer not in self.layers:
+    def visit(self, seen: Visit) -> None:
+        if seen.layer not in self.layers:
             # A share's mark of its teacher; no part of the finished statistics.
-            rows = router_gram(router).cpu().numpy()
-            self.layers[layer] = LayerSums(same={"router_gram": rows})
-        logits = router_logits(router, hidden, self.float32)
-        batch = routing_sums(self.probabilities(logits), index, weights, norms)
-        shared = shared_weights(router, hidden)
+            rows = router_gram(seen.router).cpu().numpy()
+            self.layers[seen.layer] = LayerSums(same={"router_gram": rows})
+        logits = router_logits(seen.router, seen.hidden, self.float32)
+        batch = routing_sums(self.probabilities(logits), seen.index, seen.weights, seen.norms)
+        shared = shared_weights(seen.router, seen.hidden)
         if shared is not None:
             batch["shared_weight_sum"] = shared.double().sum()
-        self.layers[layer].add({name: value.cpu().numpy() for name, value in batch.items()})
-
-    def state(self, layer: int) -> dict[str, Any]:
-        """A layer's sums (m2d.models.resume.Totals)."""
-        return self.layers[layer].arrays()
-
-    def restore(self, layer: int, state: dict[str, Any]) -> None:
-        """A layer's sums as `state` gave them."""
-        self.layers[layer] = LayerSums.of_arrays(state)
+        self.layers[seen.layer].add({name: value.cpu().numpy() for name, value in batch.items()})
 
     def result(self) -> dict[int, RoutingStatistics]:
         """Routing statistics by layer."""

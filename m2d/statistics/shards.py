@@ -64,6 +64,21 @@ class LayerSums:
                 self.sums[name] = LongSum(term)
 
 
+class LayerTotals:
+    """What a pass adds up, by layer."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerSums] = {}
+
+    def state(self, layer: int) -> dict[str, Any]:
+        """A layer's sums (m2d.models.resume.Totals)."""
+        return self.layers[layer].arrays()
+
+    def restore(self, layer: int, state: dict[str, Any]) -> None:
+        """A layer's sums as `state` gave them."""
+        self.layers[layer] = LayerSums.of_arrays(state)
+
+
 def routing_statistics(layer: LayerSums) -> RoutingStatistics:
     """Routing statistics from the sums of `m2d.statistics.routing.routing_sums`."""
     values = {name: np.asarray(total.value) for name, total in layer.sums.items()}
