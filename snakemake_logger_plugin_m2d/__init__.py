@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
@@ -24,13 +25,16 @@ class LogHandler(LogHandlerBase):
         self.jobs: dict[int, tuple[str, float]] = {}
         self.start = time.monotonic()
         self.done = self.total = 0
+        self.counts: dict[str, int] = {}  # jobs of every rule, done or not
+        self.seconds: dict[str, list[float]] = {}  # of the jobs that are done, by rule
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the line of a record, if it has one."""
         event = getattr(record, "event", None)
         if event == LogEvent.RUN_INFO:
             self.start = time.monotonic()
-            self.total = int((getattr(record, "stats", None) or {}).get("total", 0))
+            self.counts = dict(getattr(record, "stats", None) or {})
+            self.total = int(self.counts.pop("total", 0))
         elif event == LogEvent.JOB_INFO:
             self.jobs[record.jobid] = (name_of(record), time.monotonic())  # type: ignore[attr-defined]
         elif event == LogEvent.JOB_FINISHED:
@@ -47,11 +51,15 @@ class LogHandler(LogHandlerBase):
         name, since = self.jobs.pop(job, ("", time.monotonic()))
         self.done += 1
         now = time.monotonic()
-        left = (now - self.start) / self.done * (self.total - self.done)
-        rest = f"about {duration(left)} left" if self.total > self.done else "done"
+        self.seconds.setdefault(name.partition(" ")[0], []).append(now - since)
+        rest = "done"
+        if self.total > self.done:
+            left = work_left(self.counts, self.seconds) / at_once(self.seconds, now - self.start)
+            # The first jobs are unlike the others, and say little.
+            rest = f"about {duration(left)} left" if 10 * self.done >= self.total else ""
         self.total = max(self.total, self.done)
         place = f"[{self.done:>{len(str(self.total))}}/{self.total}]"
-        say(f"{place} {name:<60} {duration(now - since):>8}   {rest}")
+        say(f"{place} {name:<60} {duration(now - since):>8}   {rest}".rstrip())
 
     def failed(self, record: logging.LogRecord) -> None:
         """The lines of a job that failed: its name, and the end of its log."""
@@ -87,6 +95,24 @@ class LogHandler(LogHandlerBase):
     def needs_rulegraph(self) -> bool:
         """No."""
         return False
+
+
+def work_left(counts: dict[str, int], seconds: dict[str, list[float]]) -> float:
+    """Seconds that the jobs not done would take one after the other.
+
+    A job takes as long as its rule's others took, or as all did where its rule is new.
+    """
+    every = [value for values in seconds.values() for value in values]
+    left = 0.0
+    for rule, count in counts.items():
+        known = seconds.get(rule, [])
+        left += max(count - len(known), 0) * mean(known or every)
+    return left
+
+
+def at_once(seconds: dict[str, list[float]], elapsed: float) -> float:
+    """How many jobs ran at a time; at least one."""
+    return max(sum(map(sum, seconds.values())) / max(elapsed, 0.001), 1.0)
 
 
 def name_of(record: logging.LogRecord) -> str:
