@@ -24,8 +24,8 @@ from m2d.pipeline.resources import (
     teacher_logits,
     tokenized,
 )
-from m2d.pipeline.schema import student_kind
 from m2d.pipeline.settings import evaluation_jobs, logits_names
+from m2d.pipeline.student_settings import student_kind
 
 # What is asked for above the estimate; every further attempt asks for as much again.
 MEMORY_MARGIN = 1.25

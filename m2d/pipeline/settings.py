@@ -14,7 +14,8 @@ from m2d.artifacts import reading
 from m2d.errors import UserError
 from m2d.pipeline.expand import expand_pipelines
 from m2d.pipeline.resources import read_sizes
-from m2d.pipeline.schema import PrunedStudent, Settings, student_kind
+from m2d.pipeline.schema import Settings
+from m2d.pipeline.student_settings import PrunedStudent, student_kind
 from m2d.pipeline.teachers import completed
 from m2d.settings import checked, unknown
 from m2d.students.variants import UNDISTILLED
