@@ -153,8 +153,16 @@ def explained(error: Exception) -> str:
     return first_line(error)
 
 
-def read_json(path: str | Path, *, constants: bool = True) -> Any:
-    """Read JSON, or raise a UserError that names the file.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object, or raise a UserError that names the file."""
+    found = parsed_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object, but {str(found)[:40]!r}")
+    return found
+
+
+def parsed_json(path: str | Path, *, constants: bool = True) -> Any:
+    """Whatever JSON a file holds, or a UserError that names the file.
 
     constants: whether NaN and Infinity, which JSON proper has not, are numbers.
     """

@@ -30,7 +30,7 @@ def kind_of(path: Path) -> str | None:
             names = set(pyarrow.parquet.read_schema(path).names)
         elif path.suffix == ".json":
             content = read_json(path)
-            return "ranking" if isinstance(content, dict) and content.keys() >= RANKING else None
+            return "ranking" if content.keys() >= RANKING else None
         else:
             with safe_open(path, "np") as file:
                 if "m2d" not in (file.metadata() or {}):

@@ -175,10 +175,9 @@ def _digest(path: Path) -> str | None:
 def record_of(student: Path) -> dict[str, Any] | None:
     """A student's m2d.json; None where it is damaged."""
     try:
-        record = read_json(student / STUDENT)
+        return read_json(student / STUDENT)
     except UserError:
         return None
-    return record if isinstance(record, dict) else None
 
 
 def _check_student(folder: Path) -> Found:
@@ -304,8 +303,7 @@ def foreign_results(student: Path) -> list[str]:
     files += sorted(student.with_name(f"{name}.eval").glob("*.json"))
     lines = []
     for file in filter(Path.is_file, files):
-        result = read_json(file)
-        noted = result.get("model_fingerprint") if isinstance(result, dict) else None
+        noted = read_json(file).get("model_fingerprint")
         if noted is not None and noted != fingerprint(student):
             lines.append(f"{file.name} was measured on other weights; measure it again")
     return lines

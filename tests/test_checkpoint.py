@@ -145,6 +145,27 @@ def test_an_index_may_not_point_elsewhere(tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
+NO_SHARD = (["x.safetensors"], {"a": 1}, None, 5, "../x.safetensors", "/x.safetensors", "x\n")
+
+
+@pytest.mark.parametrize("value", NO_SHARD, ids=repr)
+def test_what_is_no_shard_in_an_index_is_named(tmp_path: Path, value: object) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors", "b": value}}
+    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is not the name of a safetensors file in the folder"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "NaN", '"text"'])
+@pytest.mark.parametrize("name", [INDEX_NAME, "config.json"])
+def test_json_that_is_no_object_is_named(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    if name != INDEX_NAME:
+        save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"{name}: not a JSON object"):
+        Checkpoint(tmp_path)
+
+
 def test_a_missing_shard_and_a_missing_tensor_are_named(tmp_path: Path) -> None:
     (tmp_path / INDEX_NAME).write_text(
         json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})

@@ -125,7 +125,7 @@ def test_nothing_is_written_when_one_student_is_amiss(tmp_path: Path) -> None:
     assert not (tmp_path / "cards").exists()
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"results": {"mmlu": {"alias": "mmlu"}}}'])
+@pytest.mark.parametrize("content", ["{}", '{"results": {"mmlu": {"alias": "mmlu"}}}'])
 def test_a_file_without_a_score_is_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "mmlu.json"
     file.write_text(content)

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from m2d.artifacts import read_json
 from m2d.errors import UserError
@@ -80,8 +79,7 @@ def pre_tokenizer_of(student: Path) -> str | None:
     file = student / "tokenizer.json"
     if not file.is_file():
         return None
-    content: dict[str, Any] = read_json(file)
-    return pre_tokenizer_name(content)
+    return pre_tokenizer_name(read_json(file))
 
 
 def run_converter(

@@ -83,12 +83,13 @@ def shard_files(folder: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise UserError(
+                f"{index}: {str(name)[:80]!r} is not the name of a safetensors file in the folder"
+            )
     names = sorted(set(weight_map.values()))
     for name in names:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
-            raise UserError(
-                f"{index}: {name!r} is not the name of a safetensors file in the folder"
-            )
         if not (folder / name).is_file():
             raise UserError(f"{folder}: shard {name} is missing")
     return [folder / name for name in names]

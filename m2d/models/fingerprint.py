@@ -123,7 +123,7 @@ def noted_teacher(student: Path) -> dict[str, Any]:
     """What a student's m2d.json notes of its teacher; empty where it says nothing."""
     file = student / "m2d.json"
     record = read_json(file) if file.is_file() else {}
-    about = record.get("teacher") if isinstance(record, dict) else None
+    about = record.get("teacher")
     return about if isinstance(about, dict) else {}
 
 

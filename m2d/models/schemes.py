@@ -105,8 +105,7 @@ def _settings(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], Pat
     file = folder / MODELOPT_FILE
     if not file.is_file():
         return {}, file
-    found = read_json(file)
-    inner = found.get("quantization") if isinstance(found, dict) else None
+    inner = read_json(file).get("quantization")
     if not isinstance(inner, dict):
         raise UserError(f"{file}: has no quantization section")
     return {**inner, "quant_method": "modelopt"}, file

@@ -145,7 +145,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
     """config.json as on disk and as transformers reads it. No code of the checkpoint is run."""
     file = folder / "config.json"
     raw = _decoded(read_json(file))
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+    if not isinstance(raw.get("model_type"), str):
         raise UserError(f"{file}: has no model_type; is {folder} a model folder?")
     if raw["model_type"] == EMO.model_type:
         register_emo()

@@ -1,7 +1,6 @@
 """`m2d init TEACHER > my.yaml`: a config of the workflow for a teacher of one's own."""
 
 import argparse
-import json
 import re
 from math import ceil
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from m2d.artifacts import read_json
 from m2d.errors import UserError
 from m2d.options import MOST, positive
 from m2d.pipeline.place import in_root
@@ -119,7 +119,7 @@ def longest(model: str) -> int:
     file = config_file(model)
     if file is None:
         return LENGTH
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     most = content.get("max_position_embeddings") or content.get("text_config", {}).get(
         "max_position_embeddings"
     )

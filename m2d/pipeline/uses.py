@@ -4,12 +4,12 @@ An edit to any other re-runs nothing (m2d/pipeline/digest.py). Used by the Snake
 here imports torch.
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from m2d.artifacts import read_json
 from m2d.errors import UserError
 from m2d.methods import TABLES
 from m2d.pipeline.choices import from_grids, settings_of
@@ -21,9 +21,9 @@ Uses = dict[str, list[str] | None]
 
 def by_teacher(teacher: Mapping[str, Any]) -> Uses:
     """The family of a teacher; every family where neither its folder nor its sizes say."""
-    with suppress(OSError, ValueError, KeyError):
-        config = json.loads((Path(teacher["model"]) / "config.json").read_text(encoding="utf-8"))
-        kind = config["model_type"]  # a text model's has a suffix, which m2d.models.sibling drops
+    with suppress(UserError, KeyError):
+        kind = str(read_json(Path(teacher["model"]) / "config.json")["model_type"])
+        # A text model's has a suffix, which m2d.models.sibling drops.
         return {"family": sorted({kind, kind.removesuffix("_text")})}
     with suppress(UserError, KeyError):
         return {"family": [read_sizes(teacher["sizes"])["family"]]}

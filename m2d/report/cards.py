@@ -21,7 +21,7 @@ def scores_of(
     scores: dict[str, Score] = {}
     if perplexity_file is not None:
         result = read_json(perplexity_file)
-        if not isinstance(result, dict) or "perplexity" not in result:
+        if "perplexity" not in result:
             raise UserError(f"{perplexity_file}: holds no perplexity; use m2d perplexity --out")
         with reading(perplexity_file, "a result of m2d perplexity"):
             words = f"perplexity ({int(result.get('n_tokens', 0)):,} tokens of test text)"
@@ -31,7 +31,7 @@ def scores_of(
     for file in evaluation_files:
         task, content = Path(file).stem, read_json(file)
         with reading(file, "a result of m2d evaluate"):
-            found = content.get("results", {}).get(task, {}) if isinstance(content, dict) else {}
+            found = content.get("results", {}).get(task, {})
             measure = next((m for m in (*SCORES, "word_perplexity") if f"{m},none" in found), None)
             if measure is None:
                 raise UserError(f"{file}: holds no score of {task}; make it with m2d evaluate")
@@ -91,8 +91,7 @@ def card_of(
 
 def require_own(result: Path, student: Path) -> None:
     """Raise a UserError where a result notes other weights than the student's."""
-    content = read_json(result)
-    noted = content.get("model_fingerprint") if isinstance(content, dict) else None
+    noted = read_json(result).get("model_fingerprint")
     if noted is None:
         return
     from m2d.models.fingerprint import fingerprint  # torch, only where it is asked for

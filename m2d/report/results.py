@@ -280,7 +280,7 @@ def read_perplexities(
     rows = []
     for file in files:
         content = read_json(file)
-        if not isinstance(content, dict) or "perplexity" not in content:
+        if "perplexity" not in content:
             raise UserError(f"{file}: holds no perplexity; make it with m2d perplexity --out")
         row = {"task": "test text", "measure": "perplexity", "value": content["perplexity"]}
         row |= {"samples": content.get("n_tokens"), "stderr": content.get("stderr")}
@@ -302,11 +302,11 @@ def read_evaluations(
 
 
 def _scores_in(
-    file: str | Path, content: Any, provenance: dict[Place, dict[str, Any]]
+    file: str | Path, content: dict[str, Any], provenance: dict[Place, dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """The rows of one file; any exception where it is no result."""
     place = place_of(file)
-    results = content.get("results", {}) if isinstance(content, dict) else {}
+    results = content.get("results", {})
     if place.task not in results:
         raise UserError(f"{file}: holds no result of {place.task}; make it with m2d evaluate")
     shots = content.get("n-shot", {}).get(place.task)

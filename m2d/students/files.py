@@ -3,9 +3,8 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-from m2d.artifacts import read_json
+from m2d.artifacts import parsed_json, read_json
 from m2d.errors import UserError
 from m2d.models.hub import other_files
 from m2d.models.schemes import MODELOPT_FILE
@@ -57,7 +56,7 @@ def check_others(source: Path) -> list[Path]:
     names = other_files(source)
     for name in names:
         if name.suffix == ".json":
-            read_json(source / name, constants=False)
+            parsed_json(source / name, constants=False)
     return names
 
 
@@ -65,10 +64,10 @@ def tokenizer_code(folder: Path) -> str | None:
     """The class that a tokenizer needs from Python files of its folder; None for a stock one."""
     file = folder / "tokenizer_config.json"
     try:
-        content: Any = read_json(file) if file.is_file() else {}
+        content = read_json(file) if file.is_file() else {}
     except UserError:
         return None
-    named = content.get("auto_map") if isinstance(content, dict) else None
+    named = content.get("auto_map")
     value = named.get("AutoTokenizer") if isinstance(named, dict) else named
     first = next(filter(None, value), None) if isinstance(value, list) else value
     return str(first) if first and not (folder / "tokenizer.json").is_file() else None

@@ -217,8 +217,7 @@ def plan_from_files(
 
 def require_statistics(statistics: str, ranking: str, teacher: Teacher) -> None:
     """Raise a UserError unless statistics and ranking are of this teacher's weights."""
-    content = read_json(ranking)
-    found = content.get("teacher_fingerprint") if isinstance(content, dict) else None
+    found = read_json(ranking).get("teacher_fingerprint")
     recorded = [(statistics, teacher_of(statistics)), (ranking, found)]
     require_teacher(recorded, teacher.fingerprint, teacher.name)
 
@@ -272,7 +271,7 @@ def plan_of(args: argparse.Namespace, teacher: Teacher) -> tuple[Plan, dict[str,
     kind = check_options(args)
     if kind == "plan":
         content = read_json(args.plan)
-        found = content.get("teacher_fingerprint") if isinstance(content, dict) else None
+        found = content.get("teacher_fingerprint")
         require_teacher([(args.plan, found)], teacher.fingerprint, teacher.name)
         plan = plan_from_dict(
             content,

@@ -158,8 +158,6 @@ def read_record(file: str | Path, *, absent: bool = False) -> StudentRecord:
     if absent and not Path(file).is_file():
         return StudentRecord()
     content = read_json(file)
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: not a student's m2d.json")
     try:
         return StudentRecord(**content)
     except ValidationError as error:

@@ -200,8 +200,8 @@ def position_in(file: Path, request: object) -> dict[str, Any] | None:
         found = read_json(file)
     except UserError:
         return None
-    counts = [found.get(key) for key in ("documents", "rows")] if isinstance(found, dict) else []
-    sound = len(counts) == 2 and all(type(count) is int and count >= 0 for count in counts)
+    counts = [found.get(key) for key in ("documents", "rows")]
+    sound = all(type(count) is int and count >= 0 for count in counts)
     return found if sound and found.get("request") == request else None
 
 
