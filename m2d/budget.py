@@ -6,6 +6,8 @@ FFN. Alignment, the last part, then gets the steps that fit what time is left, a
 rest turned out to have. Shapes: n calibration tokens, W the student's width, H hidden size.
 """
 
+import argparse
+import contextlib
 import math
 import re
 import time
@@ -24,7 +26,7 @@ from m2d.models.resume import identity, kept_folder
 from m2d.models.routers import routed_rows
 from m2d.models.teacher import Teacher
 from m2d.models.visit import Visit
-from m2d.options import MOST
+from m2d.options import MOST, token_count
 from m2d.progress import say
 from m2d.recipes import Conversion
 from m2d.refit.fold import FoldTotals
@@ -36,7 +38,6 @@ from m2d.statistics.neurons import CANDIDATES_PER_NEURON, CandidateMoments, Neur
 from m2d.statistics.routing import RoutingTotals
 
 UNITS = {"s": 1, "min": 60, "h": 3600}
-COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 # Of a budget of time, what a plan may take, since a probe is short and a machine runs other things;
 # once all but alignment is done, alignment may take the rest, up to the second share.
 MARGIN, LAST_MARGIN = 0.75, 0.95
@@ -102,15 +103,11 @@ def parse_budget(text: str) -> Budget:
 
     Raises UserError for anything else.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    value = float(found[1]) if found else 0.0
-    unit = found[2].lower() if found else ""
-    if not value <= MOST:
-        value = 0.0
-    if value > 0 and unit in UNITS:
-        return Budget(value * UNITS[unit], None)
-    if value > 0 and unit in COUNTS:
-        return Budget(None, int(value * COUNTS[unit]))
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", text.strip().lower())
+    if found and 0 < float(found[1]) <= MOST:
+        return Budget(float(found[1]) * UNITS[found[2]], None)
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return Budget(None, token_count(text.strip()))
     raise UserError(f"--budget {text}: give a time such as 30min or 2h, or tokens such as 2M")
 
 

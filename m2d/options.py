@@ -12,6 +12,7 @@ SPREADS = ("auto", "balanced", "sequential")
 # Beyond it a whole number is a slip; products of two still fit in 64 bits after a check.
 MOST = 10**12
 LARGEST_SEED = 2**32 - 1  # numpy's
+COUNTS = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 
 STUDENT_CLASSES = ("sibling", "same")
@@ -49,6 +50,20 @@ def seed(text: str) -> int:
             f"{text[:40]!r} is not a whole number from 0 to {LARGEST_SEED}"
         )
     return value
+
+
+def token_count(text: str) -> int:
+    """A number of tokens: 500k, 300M, 4B or a plain one (an argparse type)."""
+    scale = COUNTS.get(text[-1:].lower(), 1)
+    try:
+        value = float(text[:-1] if scale > 1 else text) * scale
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= MOST**2:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no number of tokens, such as 300M or 4B"
+        )
+    return int(value)
 
 
 def number(text: str) -> float:

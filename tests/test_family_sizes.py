@@ -187,9 +187,7 @@ def test_a_real_layers_tensors_add_up_to_what_inspect_promises(name: str, tmp_pa
     plan = Plan("x", "x", "x", None, tuple(LayerPlan(i, groups) for i in teacher.moe_layers))
     promised = inspect(teacher)["student_parameters"]
     _, skeleton = build_student_skeleton(teacher, plan_width(teacher, plan))
-    tensors = StudentTensors(
-        teacher.family, Checkpoint(tmp_path), stored_shapes(skeleton), hub_names=True
-    )
+    tensors = StudentTensors(teacher.family, Checkpoint(tmp_path), skeleton, hub_names=True)
     specs = tensors.specs(plan)
     assert sum(math.prod(shape) for _, shape in specs.values()) == promised
     assert {dtype for dtype, _ in specs.values()} == {torch.bfloat16}

@@ -148,8 +148,9 @@ def test_quick_layers_are_not_kept(place: Path, tmp_path: Path, monkeypatch: Any
 
 
 def test_states_in_files_are_read_as_they_were_written(tmp_path: Path) -> None:
-    states = HiddenStates(3, torch.device("cpu"), tmp_path)
-    states.plan([(2, 5, 4), (2, 5, 4), (1, 5, 4)], torch.bfloat16, limit=0)
+    states = HiddenStates(3, torch.device("cpu"))
+    states.plan([(2, 5, 4), (2, 5, 4), (1, 5, 4)], torch.bfloat16)
+    states.keep_in(tmp_path, "hidden", limit=0)
     first = [torch.randn(b, 5, 4).bfloat16() for b in (2, 2, 1)]
     for i, batch in enumerate(first):
         states[i] = batch
@@ -161,8 +162,9 @@ def test_states_in_files_are_read_as_they_were_written(tmp_path: Path) -> None:
             states[i] = states[i] + 1
     assert torch.equal(states[2], first[2] + 1 + 1 + 1)
     states.close()
-    again = HiddenStates(3, torch.device("cpu"), tmp_path)
-    again.plan([(2, 5, 4), (2, 5, 4), (1, 5, 4)], torch.bfloat16, limit=0)
+    again = HiddenStates(3, torch.device("cpu"))
+    again.plan([(2, 5, 4), (2, 5, 4), (1, 5, 4)], torch.bfloat16)
+    again.keep_in(tmp_path, "hidden", limit=0)
     again.restore(kept)
     assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
     # two files of one state per token each, however many layers

@@ -18,7 +18,7 @@ from m2d.choose.plan import Plan
 from m2d.devices import pick_dtype
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family
-from m2d.models.student import build_student_skeleton, made_buffers, stored_shapes
+from m2d.models.student import build_student_skeleton, stored_shapes
 from m2d.models.teacher import Teacher, count_parameters, open_teacher
 from m2d.options import DTYPES, add_student_options, seed
 from m2d.progress import say
@@ -47,10 +47,7 @@ def student_tensors(
 
     if kind == "random_init":
         return fresh
-    tensors = StudentTensors(
-        teacher.family, Checkpoint(teacher.folder), stored_shapes(skeleton),
-        buffers=made_buffers(skeleton),
-    )  # fmt: skip
+    tensors = StudentTensors(teacher.family, Checkpoint(teacher.folder), skeleton)
     nothing = Plan("", "", "", 0, ())
     return lambda name: fresh(name) if fresh_names(name) else tensors.make(name, nothing)
 

@@ -3,6 +3,7 @@
 Shapes: B sequences of a batch, T tokens of a sequence, H hidden size.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,13 @@ IN_MEMORY_BYTES = 256_000_000
 class HiddenStates(Sequence[Tensor]):
     """Batches of hidden states [B, T, H], each replaced by the next layer's in turn.
 
-    With a folder they can be kept: `keep` leaves those after a layer in one of two files, which
+    In a folder they can be kept: `keep` leaves those after a layer in one of two files, which
     stays as it is until the next `keep`. Where they are many they lie in the files alone, so that
     memory holds one batch at a time; both files together are twice as large as the states.
     """
 
-    def __init__(self, batches: int, device: torch.device, folder: Path | None = None):
-        self.batches, self.device, self.folder = batches, device, folder
+    def __init__(self, batches: int, device: torch.device):
+        self.batches, self.device = batches, device
         self.memory: dict[int, Tensor] = {}
         self.in_files = False
         self.source = self.target = 0  # the file that is read, the file that is written
@@ -53,15 +54,17 @@ class HiddenStates(Sequence[Tensor]):
         else:
             self.memory[index] = value
 
-    def plan(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, limit: int) -> None:
-        """Say what will be held: the batches' shapes, and the bytes above which files hold it."""
+    def plan(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+        """Say what will be held: the batches' shapes."""
         self.shapes, self.dtype = shapes, dtype
         sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
         self.sizes, self.offsets = sizes, [sum(sizes[:i]) for i in range(len(sizes))]
-        if self.folder is not None:
-            flags = os.O_RDWR | os.O_CREAT
-            self.files = [os.open(self.folder / f"hidden-{i}.bin", flags, 0o644) for i in range(2)]
-        self.in_files = self.folder is not None and sum(sizes) > limit
+
+    def keep_in(self, folder: Path, name: str, limit: float = math.inf) -> None:
+        """Name the files, and the bytes above which they alone hold what is planned."""
+        flags = os.O_RDWR | os.O_CREAT
+        self.files = [os.open(folder / f"{name}-{i}.bin", flags, 0o644) for i in range(2)]
+        self.in_files = sum(self.sizes) > limit
 
     def next_layer(self) -> None:
         """From now on batches are read as the last layer left them, and written as the next one's.
@@ -94,15 +97,15 @@ class HiddenStates(Sequence[Tensor]):
         self.files = []
 
     def _read(self, index: int) -> Tensor:
-        buffer = bytearray(self.sizes[index])
-        view, done = memoryview(buffer), 0
-        while done < len(buffer):
+        # Where torch allocates it, since products depend to the last bit on where a tensor begins.
+        flat = torch.empty(self.sizes[index], dtype=torch.uint8)
+        view, done = memoryview(flat.numpy().data), 0
+        while done < len(view):
             read = os.preadv(self.files[self.source], [view[done:]], self.offsets[index] + done)
             if not read:
                 raise OSError("a file of hidden states is shorter than it was")
             done += read
-        flat = torch.frombuffer(buffer, dtype=self.dtype)
-        return flat.view(self.shapes[index]).to(self.device)
+        return flat.view(self.dtype).view(self.shapes[index]).to(self.device)
 
     def _write(self, index: int, value: Tensor) -> None:
         if tuple(value.shape) != self.shapes[index] or value.dtype != self.dtype:
@@ -111,3 +114,26 @@ class HiddenStates(Sequence[Tensor]):
         view, done = memoryview(flat.numpy().data), 0
         while done < len(view):
             done += os.pwrite(self.files[self.target], view[done:], self.offsets[index] + done)
+
+
+class SeveralStates:
+    """The hidden states of several models that are run side by side, kept together."""
+
+    def __init__(self, folder: Path, states: Sequence[HiddenStates]):
+        self.states = states
+        for number, one in enumerate(states):
+            one.keep_in(folder, f"hidden-{number}")
+
+    def keep(self) -> int:
+        """Keep them all; gives their files' one number."""
+        return max(one.keep() for one in self.states)
+
+    def restore(self, file: int) -> None:
+        """Go on from what files of a number have kept."""
+        for one in self.states:
+            one.restore(file)
+
+    def close(self) -> None:
+        """Close the files."""
+        for one in self.states:
+            one.close()

@@ -149,7 +149,7 @@ class StreamedTeacher:
             kept.open(self.teacher.moe_layers)
             visit = kept.totals.visit
         start = 0 if kept is None else kept.finished
-        hidden = HiddenStates(len(batches), self.device, None if kept is None else kept.folder)
+        hidden = HiddenStates(len(batches), self.device)
         if start == len(self.layers):
             return hidden
         self._load_trunk()
@@ -183,7 +183,7 @@ class StreamedTeacher:
         return hidden
 
     def _begin(
-        self, batches: Sequence[Tensor], hidden: HiddenStates, kept: Kept[Totals] | None
+        self, batches: Sequence[Tensor], hidden: HiddenStates, kept: Kept[Totals] | None = None
     ) -> Calls:
         """Fill `hidden` with embeddings, or with what was kept; gives the layers' calls."""
         calls = Calls(self.taps)
@@ -194,7 +194,9 @@ class StreamedTeacher:
             assert first is not None
             if not i:
                 shapes = [(len(b), *first.shape[1:]) for b in batches]
-                hidden.plan(shapes, first.dtype, self._in_memory())
+                hidden.plan(shapes, first.dtype)
+                if kept is not None:
+                    hidden.keep_in(kept.folder, "hidden", self._in_memory())
             if kept is None or not kept.finished:
                 hidden[i] = first
         if kept is not None and kept.finished:

@@ -10,11 +10,10 @@ import yaml
 
 from m2d.artifacts import read_json
 from m2d.errors import UserError
-from m2d.options import MOST, positive
+from m2d.options import positive, token_count
 from m2d.pipeline.place import in_root
 from m2d.pipeline.resources import Sizes, read_sizes
 from m2d.pipeline.teachers import config_file, sizes_file
-from m2d.settings import as_number
 
 # The paper's step, and its learning rate.
 STEP_SEQUENCES, LEARNING_RATE = 384, "1.0e-4"
@@ -140,28 +139,13 @@ def pruned_shape(moe: Sizes, dense: Sizes) -> dict[str, int]:
     }
 
 
-def budget(text: str) -> int:
-    """Tokens: 300M, 4B or a plain number (an argparse type)."""
-    units = {"K": 10**3, "M": 10**6, "B": 10**9}
-    scale = units.get(text[-1:].upper(), 1)
-    try:
-        value = as_number(text[:-1] if scale > 1 else text) * scale
-    except (ValueError, TypeError):
-        value = 0
-    if not 1 <= value <= MOST**2:
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} is no number of tokens, such as 300M or 4B"
-        )
-    return int(value)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="folder or hub id of a Mixture-of-Experts model")
     parser.add_argument("--dense-teacher", help="a dense model, to be pruned for comparison")
     parser.add_argument("--text", nargs="+", default=[], help="files to calibrate and distil on")
     parser.add_argument("--test", nargs="+", default=[], help="files to measure perplexity on")
     parser.add_argument(
-        "--tokens", type=budget, default=budget("300M"), help="of distillation (300M)"
+        "--tokens", type=token_count, default="300M", help="of distillation (%(default)s)"
     )
     parser.add_argument("--length", type=positive, help="tokens of a sequence (2048 at most)")
 

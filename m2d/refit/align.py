@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from m2d.artifacts import atomic_path, require_absent, sha256_of, write_json
-from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.checkpoint import shard_files
 from m2d.models.teacher import Teacher, locate, open_teacher
@@ -38,7 +37,7 @@ from m2d.refit.refit import student_dtype, teacher_half, wide
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
 from m2d.refit.training import OPTIMISERS, AlignSettings, Examples, fit_block, load_parts
 from m2d.students.rewrite import rewrite_student
-from m2d.tokens.files import read_tokens
+from m2d.tokens.calibration import calibration
 
 
 @dataclass(frozen=True)
@@ -283,9 +282,7 @@ def main(args: argparse.Namespace) -> None:
     settings = AlignSettings(args.steps, args.step_tokens, args.learning_rate, args.optimiser)
     folder = locate(args.student)
     teacher = open_teacher(args.teacher, student=args.student)
-    tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    device = pick_device(args.device)
-    dtype = compute_dtype(args.dtype, teacher.dtype, device)
+    tokens, dtype, device = calibration(args, teacher)
     record = {
         "upstream_sha256": {
             "calibration": sha256_of(args.tokens),

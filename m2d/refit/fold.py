@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.folded import (
@@ -47,7 +46,7 @@ from m2d.refit.fold_choice import (
 )
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
 from m2d.statistics.routing import provenance
-from m2d.tokens.files import read_tokens
+from m2d.tokens.calibration import calibration
 
 
 class FoldTotals:
@@ -250,9 +249,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     teacher = open_teacher(args.teacher)
-    tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    device = pick_device(args.device)
-    dtype = compute_dtype(args.dtype, teacher.dtype, device)
+    tokens, dtype, device = calibration(args, teacher)
     stream = StreamedTeacher(teacher, dtype, device)
     what = identity(teacher.folder, tokens, args.batch, dtype, fold=args.mode, alpha=args.alpha)
     keep = keeper(args.out, what)

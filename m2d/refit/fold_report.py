@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from m2d.artifacts import require_absent, write_json
-from m2d.devices import compute_dtype, pick_device
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
 from m2d.options import add_compute_options
@@ -24,7 +23,7 @@ from m2d.refit.fold_choice import (
     share_reproduced,
     weighted_errors,
 )
-from m2d.tokens.files import read_tokens
+from m2d.tokens.calibration import calibration
 
 WAYS = ("unfolded", "alpha 1", "per layer", "per neuron")
 SHARED_WAYS = ("shared, unfolded", "shared, per neuron")
@@ -100,9 +99,7 @@ def main(args: argparse.Namespace) -> None:
     if args.json:
         require_absent(args.json)
     teacher = open_teacher(args.teacher)
-    tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    device = pick_device(args.device)
-    dtype = compute_dtype(args.dtype, teacher.dtype, device)
+    tokens, dtype, device = calibration(args, teacher)
     stream = StreamedTeacher(teacher, dtype, device)
     rows = fold_table(stream, tokens, args.batch)
     if args.json:

@@ -5,22 +5,19 @@ constant of the family (1 but for Granite). Shapes: B sequences of T tokens, H h
 student's intermediate size.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m2d.artifacts import atomic_path
 from m2d.errors import UserError
-from m2d.models.calls import Calls
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
 from m2d.models.fingerprint import noted_teacher, require_teacher
+from m2d.models.hidden import HiddenStates
 from m2d.models.stream import StreamedTeacher, drop_weights
 from m2d.models.student_config import number
 from m2d.models.teacher import Teacher, check_weights, make_skeleton, read_config
@@ -130,15 +127,9 @@ class SteppedModel(StreamedTeacher):
 
     def start(self, input_ids: Tensor, batch: int) -> None:
         """Embed input_ids [sequences, length], in batches of `batch` sequences."""
-        self.batches = input_ids.split(batch)
-        self.hidden: list[Tensor] = []
-        self.calls = Calls(self.taps)
-        for ids in self.batches:
-            self.model(ids.to(self.device), use_cache=False, logits_to_keep=1)
-            first = self.taps[0].hidden
-            assert first is not None
-            self.hidden.append(first)
-            self.calls.record()
+        batches = input_ids.split(batch)
+        self.hidden = HiddenStates(len(batches), self.device)
+        self.calls = self._begin(batches, self.hidden)
 
     def load(self, index: int) -> nn.Module:
         """The layer with its weights."""
@@ -156,37 +147,6 @@ class SteppedModel(StreamedTeacher):
         """Push every batch through the whole layer."""
         for i, hidden in enumerate(self.hidden):
             self.hidden[i] = self.calls.run(layer, index, i, hidden)
-
-
-class KeptStates:
-    """The hidden states of stepped models, in one file of two in turn (m2d.models.resume)."""
-
-    def __init__(self, folder: Path, models: Sequence[SteppedModel]):
-        self.folder, self.models, self.file = folder, models, 0
-
-    def keep(self) -> int:
-        """Write what the last layer left beside what was kept before; gives the file's number."""
-        self.file = 1 - self.file
-        states = {
-            f"{m}.{i}": hidden.cpu().contiguous()
-            for m, model in enumerate(self.models)
-            for i, hidden in enumerate(model.hidden)
-        }
-        with atomic_path(self._of(self.file)) as temporary:
-            save_file(states, temporary)
-        return self.file
-
-    def restore(self, file: int) -> None:
-        """Go on from what a file has kept."""
-        self.file = file
-        states = load_file(self._of(file))
-        for m, model in enumerate(self.models):
-            for i in range(len(model.hidden)):
-                # Copied, since products depend to the last bit on where a tensor begins.
-                model.hidden[i] = states[f"{m}.{i}"].clone().to(model.device)
-
-    def _of(self, file: int) -> Path:
-        return self.folder / f"states-{file}.safetensors"
 
 
 class _DenseStub(nn.Module):

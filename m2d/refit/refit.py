@@ -17,17 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from m2d.artifacts import require_absent, sha256_of
-from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, shard_files
 from m2d.models.families import Family
+from m2d.models.hidden import SeveralStates
 from m2d.models.resume import Arrays, Kept, identity, remove_kept
 from m2d.models.teacher import Teacher, locate, open_teacher
 from m2d.options import add_compute_options
 from m2d.progress import progress, say
 from m2d.refit.halves import (
     Halves,
-    KeptStates,
     SteppedModel,
     StudentFeedForward,
     block_path,
@@ -40,7 +39,7 @@ from m2d.refit.ridge import RIDGES, refit_down, squared_error
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
 from m2d.statistics.moments import Moments
 from m2d.students.rewrite import FeedForward, rewrite_student
-from m2d.tokens.files import read_tokens
+from m2d.tokens.calibration import calibration
 
 VARIANTS = ("layer", "sequential")
 WEIGHTINGS = ("equal", "relative")
@@ -130,53 +129,77 @@ def refit(
     if kept is not None:
         kept.open(teacher.moe_layers)
         streams = [source, target] if variant == "sequential" else [source]
-        states, start = KeptStates(kept.folder, streams), kept.finished
+        states = SeveralStates(kept.folder, [stream.hidden for stream in streams])
+        start = kept.finished
         if start:
             states.restore(kept.file)
     total = len(source.layers)
     for index in progress(range(start, total), f"refit ({variant}), layers", total):
+        converted = index in teacher.moe_layers
         theirs = source.load(index)
-        if index not in teacher.moe_layers:
+        ours = target.load(index) if converted or variant == "sequential" else None
+        if converted:
+            assert ours is not None
+            found.rows[index], report = refit_layer(
+                source, theirs, target, ours, index, held_out, disk,
+                sequential=variant == "sequential", relative=weighting == "relative",
+                ridges=ridges, check=not found.layers,
+            )  # fmt: skip
+            found.layers.append(report)
+        else:
             source.advance(theirs, index)
-            source.drop(theirs)
-            if variant == "sequential":
-                ours = target.load(index)
+            if ours is not None:
                 target.advance(ours, index)
-                target.drop(ours)
-            if kept is not None and states is not None:
-                kept.done(index, states, index == total - 1)
-            continue
-        ours = target.load(index)
-        feed_forward = StudentFeedForward(ours, teacher.family)
-        fitting = Fitting(feed_forward, held_out)
-        caught: list[Halves] = []
-        for i in range(len(source.hidden)):
-            expected = teacher_half(source, theirs, index, i, check=not found.layers)
-            root = token_weights(source.hidden[i]).sqrt() if weighting == "relative" else None
-            if variant == "sequential":
-                call = target.call(index, i)
-                halves = run_halves(ours, feed_forward.block, target.hidden[i], call)
-                # r_T + m y_T is where the teacher's stream goes on; m times what the FFN puts out,
-                # and r_S, must add up to it.
-                drift = wide(expected.residual) - wide(halves.residual)
-                wanted = wide(expected.block_output) + drift / residual_multiplier(ours)
-                fitting.add(i, wanted - wide(halves.block_output), root)
-                halves.block_output = halves.block_output[:0]
-                caught.append(halves)
-            else:
-                base = feed_forward.base(expected.block_input)
-                fitting.add(i, wide(expected.block_output) - wide(base), root)
-        found.rows[index], report = fitting.solve(index, ridges, disk)
-        found.layers.append(report)
-        feed_forward.replace(found.rows[index], disk)
-        for i, halves in enumerate(caught):
-            out = feed_forward.output(halves.block_input)
-            target.hidden[i] = halves.residual + residual_multiplier(ours) * out
         source.drop(theirs)
-        target.drop(ours)
+        if ours is not None:
+            target.drop(ours)
         if kept is not None and states is not None:
             kept.done(index, states, index == total - 1)
+    if states is not None:
+        states.close()
     return found
+
+
+def refit_layer(
+    source: SteppedModel,
+    theirs: nn.Module,
+    target: SteppedModel,
+    ours: nn.Module,
+    index: int,
+    held_out: Sequence[Tensor],
+    disk: torch.dtype,
+    *,
+    sequential: bool,
+    relative: bool,
+    ridges: Sequence[float],
+    check: bool,
+) -> tuple[Tensor, LayerReport]:
+    """The layer's rows, as `disk` rounds them; the streams then have passed it."""
+    feed_forward = StudentFeedForward(ours, source.teacher.family)
+    fitting = Fitting(feed_forward, held_out)
+    caught: list[Halves] = []
+    for i in range(len(source.hidden)):
+        expected = teacher_half(source, theirs, index, i, check)
+        root = token_weights(source.hidden[i]).sqrt() if relative else None
+        if sequential:
+            call = target.call(index, i)
+            halves = run_halves(ours, feed_forward.block, target.hidden[i], call)
+            # r_T + m y_T is where the teacher's stream goes on; m times what the FFN puts out,
+            # and r_S, must add up to it.
+            drift = wide(expected.residual) - wide(halves.residual)
+            wanted = wide(expected.block_output) + drift / residual_multiplier(ours)
+            fitting.add(i, wanted - wide(halves.block_output), root)
+            halves.block_output = halves.block_output[:0]
+            caught.append(halves)
+        else:
+            base = feed_forward.base(expected.block_input)
+            fitting.add(i, wide(expected.block_output) - wide(base), root)
+    rows, report = fitting.solve(index, ridges, disk)
+    feed_forward.replace(rows, disk)
+    for i, halves in enumerate(caught):
+        out = feed_forward.output(halves.block_input)
+        target.hidden[i] = halves.residual + residual_multiplier(ours) * out
+    return rows, report
 
 
 def teacher_half(source: SteppedModel, layer: nn.Module, index: int, i: int, check: bool) -> Halves:
@@ -307,9 +330,7 @@ def main(args: argparse.Namespace) -> None:
     require_absent(args.out)
     folder = locate(args.student)
     teacher = open_teacher(args.teacher, student=args.student)
-    tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    device = pick_device(args.device)
-    dtype = compute_dtype(args.dtype, teacher.dtype, device)
+    tokens, dtype, device = calibration(args, teacher)
     made_from = {f.name: sha256_of(f) for f in shard_files(folder)}
     what = identity(teacher.folder, tokens, args.batch, dtype) | {
         "refit": args.variant, "weighting": args.weighting, "student": made_from,

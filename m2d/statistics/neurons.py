@@ -29,7 +29,6 @@ from m2d.choose.neurons import (
     routed_contribution,
     top_neurons,
 )
-from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.folded import FoldedInTurn, Folds, folds_of
 from m2d.models.resume import Keeper, identity, keeper, remove_kept
@@ -45,7 +44,7 @@ from m2d.statistics.files import check_format
 from m2d.statistics.identities import require_neurons
 from m2d.statistics.moments import Moments
 from m2d.statistics.routing import provenance
-from m2d.tokens.files import read_tokens
+from m2d.tokens.calibration import calibration
 
 FORMAT = 1
 PARTS = ("weighted_square_sum", "down_square_norm", "mean_weight")
@@ -290,9 +289,7 @@ def main(args: argparse.Namespace) -> None:
     width = None
     if greedy:
         width = chosen_width(teacher, args.width, args.params, args.multiple)
-    tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    device = pick_device(args.device)
-    dtype = compute_dtype(args.dtype, teacher.dtype, device)
+    tokens, dtype, device = calibration(args, teacher)
     stream = StreamedTeacher(teacher, dtype, device)
     about = provenance(teacher, args.tokens, dtype)
     folds = None

@@ -14,7 +14,7 @@ from torch import Tensor
 from m2d import __version__
 from m2d.artifacts import sha256_of
 from m2d.choose.layer_statistics import RoutingStatistics
-from m2d.devices import compute_dtype, computed_on, dtype_name, pick_device
+from m2d.devices import computed_on, dtype_name
 from m2d.models.resume import Kept, identity, remove_kept
 from m2d.models.routers import PROBABILITIES, router_gram, router_logits, shared_weights
 from m2d.models.stream import StreamedTeacher
@@ -31,7 +31,7 @@ from m2d.statistics.shards import (
     write_share,
     write_statistics,
 )
-from m2d.tokens.files import read_tokens
+from m2d.tokens.calibration import calibration
 
 
 def routing_sums(
@@ -127,9 +127,7 @@ def collect(args: argparse.Namespace, kind: str, make: Callable[[Teacher], Any])
     make(teacher) gives the totals: an object with `visit` and `layers`.
     """
     teacher = open_teacher(args.teacher)
-    tokens = read_tokens(args.tokens, teacher.config.vocab_size)
-    device = pick_device(args.device)
-    dtype = compute_dtype(args.dtype, teacher.dtype, device)
+    tokens, dtype, device = calibration(args, teacher)
     rows = slice(0, len(tokens))
     if args.share:
         rows = share_rows(args.share, len(tokens), args.batch)

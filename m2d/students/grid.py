@@ -24,13 +24,13 @@ from m2d.choose.grouping import GROUPINGS
 from m2d.choose.plan import Plan, check_keep, distinct_plans, make_plan
 from m2d.choose.ranking import rankings_from_dict
 from m2d.choose.scaling import SCALINGS
-from m2d.devices import announce, compute_dtype, computed_on, dtype_name, free_memory, pick_device
+from m2d.devices import announce, computed_on, dtype_name, free_memory
 from m2d.errors import UserError
 from m2d.evaluate.perplexity import digest_of_tokens, loaded_nll, make_result
 from m2d.methods import Table
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.skeleton import move_text, text_paths
-from m2d.models.student import build_student_skeleton, made_buffers, stored_shapes
+from m2d.models.student import build_student_skeleton
 from m2d.models.teacher import Teacher, open_teacher
 from m2d.models.widen import held, widen
 from m2d.models.widths import add_groups_option
@@ -40,7 +40,7 @@ from m2d.sealed import digest_of_rows
 from m2d.statistics.files import read_layers
 from m2d.students.merge import require_statistics
 from m2d.students.tensors import StudentTensors
-from m2d.tokens.files import read_tokens
+from m2d.tokens.calibration import calibration
 
 # Experts are kept in memory up to this share of what is free when the grid starts.
 SHARE_OF_FREE_MEMORY = 0.6
@@ -80,10 +80,9 @@ class GridStudent:
         self.tensors = StudentTensors(
             teacher.family,
             checkpoint,
-            stored_shapes(skeleton),
+            skeleton,
             held(teacher.dtype, dtype),
             store.read,
-            buffers=made_buffers(skeleton),
         )
         specs = self.tensors.specs(first)
         state = {name: self.tensors.make(name, first) for name in specs}
@@ -142,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
     for keep in keeps:
         check_keep(keep, teacher.top_k, teacher.num_experts, args.groups)
     groupings, scalings = resolved(GROUPINGS, args.groupings), resolved(SCALINGS, args.scalings)
-    tokens = read_tokens(args.tokens, teacher.config.vocab_size)
+    tokens, dtype, device = calibration(args, teacher)
     require_statistics(args.statistics, args.ranking, teacher)
     layers = read_layers(args.statistics, args.gram)
     scoring, rankings = rankings_from_dict(read_json(args.ranking), layers)
@@ -150,8 +149,6 @@ def main(args: argparse.Namespace) -> None:
         make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring, groups=args.groups)
         for grouping, scaling, keep in itertools.product(groupings, scalings, keeps)
     ]
-    device = pick_device(args.device)
-    dtype = compute_dtype(args.dtype, teacher.dtype, device)
     rows = measure_plans(teacher, plans, tokens, args.batch, dtype, device)
     with atomic_path(args.out) as temporary:
         table = pa.Table.from_pylist(rows)

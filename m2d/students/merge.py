@@ -26,7 +26,7 @@ from m2d.models.entries import AnyEntry, Entry, read_entry
 from m2d.models.fingerprint import marks_of, require_teacher
 from m2d.models.folded import Folds, folds_of, with_shared_scales
 from m2d.models.hub import licence_of, revision_of
-from m2d.models.student import build_student_skeleton, made_buffers, stored_shapes
+from m2d.models.student import build_student_skeleton
 from m2d.models.teacher import Teacher, count_parameters, open_teacher
 from m2d.models.widths import add_groups_option, add_width_options, chosen_width
 from m2d.options import DTYPES, add_student_options, positive
@@ -70,11 +70,10 @@ def write_student(
     tensors = StudentTensors(
         teacher.family,
         checkpoint,
-        stored_shapes(skeleton),
+        skeleton,
         dtype,
         hub_names=True,
         folds=folds,
-        buffers=made_buffers(skeleton),
     )
     specs = tensors.specs(plan)
     carried = carried_tensors(teacher, checkpoint)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from m2d.choose.plan import LayerPlan, Plan
 from m2d.errors import UserError
@@ -18,6 +19,7 @@ from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.entries import Entry
 from m2d.models.families import Family, dense_pattern
 from m2d.models.folded import Folds
+from m2d.models.student import made_buffers, stored_shapes
 from m2d.students.average import merge_down, merge_down_bias, merge_gate_or_up
 
 
@@ -61,9 +63,8 @@ class _Output:
 class StudentTensors:
     """Every tensor of the student, made on request from the teacher's checkpoint and the plan.
 
-    `shapes` are those of the student's stock class, by name; `read` may be replaced by one that
-    keeps tensors in memory; `folds` fold the experts' gates; `buffers` are those that the class
-    makes, by name. Names are those of the class's
+    `skeleton` is the student's stock class on the meta device; `read` may be replaced by one that
+    keeps tensors in memory; `folds` fold the experts' gates. Names are those of the class's
     parameters or, with `hub_names`, those under which the teacher's own repository keeps what is in
     the student's files.
     """
@@ -72,16 +73,15 @@ class StudentTensors:
         self,
         family: Family,
         checkpoint: Checkpoint,
-        shapes: dict[str, tuple[int, ...]],
+        skeleton: PreTrainedModel,
         dtype: torch.dtype | None = None,
         read: Callable[[str], Tensor] | None = None,
         hub_names: bool = False,
         folds: Folds | None = None,
-        buffers: dict[str, Tensor] | None = None,
     ):
-        self.buffers = buffers or {}
+        self.buffers = made_buffers(skeleton)
         self.folds = {i: fold for i, fold in (folds or {}).items() if fold.folds}
-        self.family, self.checkpoint, self.shapes, self.dtype = family, checkpoint, shapes, dtype
+        self.family, self.checkpoint, self.dtype = family, checkpoint, dtype
         self.read = read or checkpoint.read
         self.is_feed_forward = dense_pattern(family).fullmatch
         self.layers = family.student_layers or family.layers
@@ -89,7 +89,7 @@ class StudentTensors:
         renamed = hub_names and family.student_model_type == family.teacher_text_type
         renamed = renamed and not family.text_only
         self.outputs: dict[str, _Output] = {}
-        for name, shape in shapes.items():
+        for name, shape in stored_shapes(skeleton).items():
             for canonical, output in self._outputs(name, shape, renamed):
                 written = self._on_disk(canonical) if renamed else canonical
                 self.outputs[written] = output
