@@ -130,7 +130,7 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
     require_regular(path)
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):  # the second is the machine's fault
         raise
     except Exception as error:
         raise UserError(f"{path}: not {what} ({explained(error)})") from error

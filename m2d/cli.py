@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from m2d import __version__
 from m2d.claims import claimed, describe_failure
-from m2d.errors import UserError, shortened
+from m2d.errors import UserError, first_line, shortened
 from m2d.gpus import take_gpu
 from m2d.renamed import with_new_names
 from m2d.streams import nobody_reads, prepare_streams, silence
@@ -104,6 +104,14 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     return f"needs {name}, which is not installed; pip install 'm2d[{extra}]'"
 
 
+def not_loaded(error: ImportError | MemoryError) -> str | None:
+    """One line for why a command's libraries cannot be loaded; None where that is our fault."""
+    if isinstance(error, ModuleNotFoundError):
+        return missing_extra(error)
+    named = f" ({first_line(error)})" if isinstance(error, ImportError) else ""
+    return f"its libraries cannot be loaded{named}; is there too little memory for them?"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 2 bad input; 129, 130, 141 and 143 as after a signal."""
     if arguments is None and "M2D_FORKSERVER" in os.environ:
@@ -143,8 +151,8 @@ def run(arguments: list[str]) -> int:
         return 2
     try:
         args = build_parser(command).parse_args(arguments)
-    except ModuleNotFoundError as error:
-        reason = missing_extra(error)
+    except (ImportError, MemoryError) as error:
+        reason = not_loaded(error)
         if reason is None or "--debug" in arguments:
             raise
         print(f"m2d {command}: error: {reason}", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from m2d import cli
-from m2d.artifacts import read_json, write_json
+from m2d.artifacts import read_json, reading, write_json
 from m2d.claims import claim, claimed
 from m2d.distill.checkpoints import checkpoints_in, newest_sound, seal
 from m2d.distill.result import other_work
@@ -251,3 +251,24 @@ def test_a_disk_that_takes_no_more_is_one_line(
     assert stage == "teacher-logits" or not out.exists()  # which others may be adding shards to
     assert not list(tmp_path.glob(".out.*.partial"))
     assert cli.main(words) == 0  # with room again, the same command does it
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ImportError("libx.so: failed to map segment\nmore"), "(libx.so: failed to map segment);"),
+        (MemoryError(), "its libraries cannot be loaded; is there too little memory for them?"),
+        (ModuleNotFoundError("No module named 'm2d.x'", name="m2d.x"), None),
+    ],
+)
+def test_libraries_that_cannot_be_loaded_are_one_line(
+    error: ImportError | MemoryError, line: str | None
+) -> None:
+    reason = cli.not_loaded(error)
+    assert reason is None if line is None else line in str(reason)
+
+
+def test_too_little_memory_is_not_the_files_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(MemoryError), reading(tmp_path / "a.json", "readable as JSON"):
+        raise MemoryError
