@@ -184,11 +184,12 @@ def test_it_goes_on_where_it_was_stopped(
     with pytest.raises(KeyboardInterrupt):
         run(out)
     assert not out.exists()
-    kept = sorted(file.name for file in Path(f"{out}.layers").iterdir())
-    assert kept == ["layer-0000.safetensors", "made_from.json"]
+    (work,) = tmp_path.glob(".a.layers-*")
+    kept = sorted(file.name for file in work.iterdir())
+    assert kept == ["finished.json", "layer-0000.safetensors"]
     assert run(out) == whole
     assert len(calls) == 3  # the second layer alone was done again
-    assert not Path(f"{out}.layers").exists()
+    assert not work.exists()
     # Layers of other settings are not taken over.
     calls.clear()
     other = tmp_path / "b"
@@ -197,6 +198,14 @@ def test_it_goes_on_where_it_was_stopped(
     calls.append(1)
     assert run(other) == whole
     assert len(calls) == 5
+    # A damaged one is one line.
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "c")
+    (kept_layer,) = tmp_path.glob(".c.layers-*/layer-*")
+    kept_layer.write_bytes(kept_layer.read_bytes()[:-5])
+    with pytest.raises(UserError, match="begin anew"):
+        run(tmp_path / "c")
 
 
 def test_the_command(

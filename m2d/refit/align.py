@@ -10,7 +10,6 @@ Shapes: B sequences of T tokens, N tokens, H hidden size, W the student's interm
 import argparse
 import hashlib
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from m2d.artifacts import atomic_path, require_absent, sha256_of, write_json
+from m2d import __version__
+from m2d.artifacts import (
+    atomic_path,
+    make_own_folder,
+    reading,
+    require_absent,
+    sha256_of,
+    write_json,
+)
 from m2d.errors import UserError
 from m2d.models.checkpoint import shard_files
+from m2d.models.resume import FINISHED, kept_folder, remove_kept
 from m2d.models.teacher import Teacher, locate, open_teacher
 from m2d.options import above_zero, add_compute_options, positive
 from m2d.progress import progress, say
@@ -184,10 +192,14 @@ def layer_file(work: Path, index: int) -> Path:
 
 
 def read_layer(work: Path | None, index: int) -> tuple[dict[str, Tensor], AlignReport] | None:
-    """A finished layer, or None."""
+    """A finished layer, or None. Raises UserError where it is damaged."""
     if work is None or not layer_file(work, index).exists():
         return None
-    with safe_open(layer_file(work, index), "pt") as file:
+    path = layer_file(work, index)
+    with (
+        reading(path, f"an aligned layer; remove {work} to begin anew"),
+        safe_open(path, "pt") as file,
+    ):
         report = AlignReport(**json.loads((file.metadata() or {})["report"]))
         return {name: file.get_tensor(name) for name in file.keys()}, report  # noqa: SIM118
 
@@ -196,22 +208,16 @@ def write_layer(work: Path, parts: dict[str, Tensor], report: AlignReport) -> No
     """Keep a finished layer."""
     with atomic_path(layer_file(work, report.layer)) as temporary:
         save_file(parts, temporary, {"report": json.dumps(asdict(report))})
+    write_json(work / FINISHED, {"finished": report.layer + 1})
 
 
-def open_work(work: Path, fingerprint: dict[str, Any]) -> None:
-    """Make the folder of finished layers; one that was made from something else is emptied."""
-    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    mark = work / "made_from.json"
-    if work.exists():
-        same = mark.is_file() and json.loads(mark.read_text()).get("sha256") == digest
-        done = len(list(work.glob("layer-*.safetensors")))
-        if same and done:
-            say(f"align: going on after {done} finished layers in {work}")
-        elif not same:
-            say(f"align: {work} is from other settings; beginning anew")
-            shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(mark, {"sha256": digest})
+def open_work(out: str | Path, what: dict[str, Any]) -> Path:
+    """Make the folder of finished layers, of just what `what` says; earlier runs may have begun."""
+    work = kept_folder(out, what)
+    make_own_folder(work)
+    if done := len(list(work.glob("layer-*.safetensors"))):
+        say(f"align: going on after {done} finished layers in {work}")
+    return work
 
 
 def align_student(
@@ -226,13 +232,13 @@ def align_student(
     batch: int,
     record: dict[str, Any] | None = None,
 ) -> Path:
-    """`align`, and the folder written. Finished layers lie in `<out>.layers` until then."""
+    """`align`, and the folder written. Finished layers are kept beside it until then."""
     require_absent(out)
-    work = Path(f"{out}.layers")
     upstream = {f.name: sha256_of(f) for f in shard_files(student_folder)}
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    about = {"settings": asdict(settings), "dtype": str(dtype), "tokens": digest}
-    open_work(work, {**about, "student": upstream, "batch": batch})
+    about = {"settings": asdict(settings), "dtype": str(dtype), "tokens": digest, "batch": batch}
+    about |= {"student": upstream, "teacher": teacher.fingerprint, "m2d_version": __version__}
+    work = open_work(out, about)
     found = align(
         teacher, student_folder, tokens, settings,
         dtype=dtype, device=device, batch=batch, work=work,
@@ -246,7 +252,7 @@ def align_student(
         **(record or {}),
     }
     written = rewrite_student(student_folder, out, teacher.family, found.layers, align=section)
-    shutil.rmtree(work)
+    remove_kept(out)
     return written
 
 

@@ -3,7 +3,7 @@
 #      tokens/calibration.safetensors
 # out: <results>/{teacher}/students/{student}/align/
 #
-# A job that is killed goes on after its last finished layer, which lie in align.layers/ until then.
+# A job that is killed goes on after its last finished layer (in .align.layers-*/ until then).
 
 
 def unaligned(wildcards):
