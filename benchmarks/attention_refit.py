@@ -9,10 +9,12 @@ tokens of each seed of calibration, as they are and after 65,536 tokens of `m2d 
 """
 
 import argparse
+import contextlib
 import json
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,57 +22,22 @@ import torch
 from hidden_loss import BATCH, LENGTH, STEPS, TEACHER, distilled
 from safetensors.torch import save_file
 from shared_gate import log_probabilities
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import m2d
 from m2d.cli import main as run
-from m2d.models.teacher import quiet
+from m2d.models.teacher import open_teacher, quiet
+from m2d.refit.halves import Halves, SteppedModel, open_student, run_halves
+from m2d.refit.refit import teacher_half
 from m2d.refit.ridge import refit_down
 from m2d.statistics.moments import Moments
 from m2d.tokens.tokenize import tokens_from
 
-SEQUENCES = 128
+SEQUENCES, BATCH_SEQUENCES = 128, 16
+CPU = torch.device("cpu")
 RATE = "1e-3"
-
-
-class Stream:
-    """A loaded model whose layers are run one by one, on all tokens at once in batches."""
-
-    def __init__(self, folder: Path, tokens: Tensor):
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        base = self.model.model
-        self.layers = base.layers
-        self.hidden = [base.embed_tokens(ids) for ids in tokens.split(16)]
-        self.positions = torch.arange(tokens.shape[1])[None]
-        self.rotary = base.rotary_emb(self.hidden[0], self.positions)
-
-    def run(self, layer: Any) -> list[tuple[Tensor, ...]]:
-        """Push all through a layer; of each batch: the projection's input, r after attention.
-
-        The hidden states are those after the layer then.
-        """
-        found = []
-        for i, hidden in enumerate(self.hidden):
-            caught: dict[str, Tensor] = {}
-            hooks = [
-                layer.self_attn.o_proj.register_forward_pre_hook(
-                    lambda _, args, caught=caught: caught.update(a=args[0])
-                ),
-                layer.post_attention_layernorm.register_forward_pre_hook(
-                    lambda _, args, caught=caught: caught.update(r=args[0])
-                ),
-            ]
-            out = layer(
-                hidden, position_embeddings=self.rotary, position_ids=self.positions,
-                attention_mask=None,
-            )  # fmt: skip
-            for hook in hooks:
-                hook.remove()
-            self.hidden[i] = out[0] if isinstance(out, tuple) else out
-            found.append((caught["a"], caught["r"]))
-        return found
 
 
 def solved(columns: list[Tensor], wanted: list[Tensor], weight: Tensor) -> Tensor:
@@ -82,30 +49,56 @@ def solved(columns: list[Tensor], wanted: list[Tensor], weight: Tensor) -> Tenso
     return rows.T.float()
 
 
+@contextlib.contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What a module is called with."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    yield seen
+    handle.remove()
+
+
+def halves_of(model: SteppedModel, layer: nn.Module, index: int, block: nn.Module) -> list[Halves]:
+    """Every batch between the halves of a layer."""
+    calls = (model.call(index, i) for i in range(len(model.hidden)))
+    return [run_halves(layer, block, h, c) for h, c in zip(model.hidden, calls, strict=True)]
+
+
 @torch.no_grad()
 def refitted(folder: Path, out: Path, tokens: Tensor, attention: bool) -> None:
     """The sequential refit, in memory, of output projections (if `attention`) and FFNs."""
-    theirs, ours = Stream(TEACHER, tokens), Stream(folder, tokens)
-    for layer_t, layer_s in zip(theirs.layers, ours.layers, strict=True):
-        before = list(ours.hidden)
-        expected = theirs.run(layer_t)
+    teacher = open_teacher(TEACHER)
+    opened = open_student(folder, teacher)
+    source, target = (SteppedModel(model, torch.float32, CPU) for model in (teacher, opened))
+    source.start(tokens, BATCH_SEQUENCES)
+    target.start(tokens, BATCH_SEQUENCES)
+    new = {}
+    for index, prefix in enumerate(target.prefixes):
+        theirs, ours = source.load(index), target.load(index)
+        output: Any = ours.get_submodule("self_attn.o_proj")
+        block: Any = ours.get_submodule("mlp")
+        down = block.down_proj
+        batches = range(len(source.hidden))
+        expected = [teacher_half(source, theirs, index, i, check=False) for i in batches]
         if attention:
-            found = ours.run(layer_s)
-            projection = layer_s.self_attn.o_proj
-            wanted = [e[1] - h for e, h in zip(expected, before, strict=True)]
-            projection.weight.copy_(solved([f[0] for f in found], wanted, projection.weight))
-            ours.hidden = list(before)
-        inner: list[Tensor] = []
-        down = layer_s.mlp.down_proj
-        hook = down.register_forward_pre_hook(lambda _, args, inner=inner: inner.append(args[0]))
-        found = ours.run(layer_s)
-        hook.remove()
-        wanted = [t - f[1] for t, f in zip(theirs.hidden, found, strict=True)]
-        down.weight.copy_(solved(inner, wanted, down.weight))
-        ours.hidden = before
-        ours.run(layer_s)
+            with inputs_of(output) as columns:
+                halves_of(target, ours, index, block)
+            wanted = [e.residual - h for e, h in zip(expected, target.hidden, strict=True)]
+            output.weight.copy_(solved(columns, wanted, output.weight))
+        with inputs_of(down) as columns:
+            found = halves_of(target, ours, index, block)
+        wanted = [t - f.residual for t, f in zip(source.hidden, found, strict=True)]
+        down.weight.copy_(solved(columns, wanted, down.weight))
+        for i, half in enumerate(found):
+            target.hidden[i] = half.residual + block(half.block_input)
+        new[f"{prefix}self_attn.o_proj.weight"] = output.weight.clone()
+        new[f"{prefix}mlp.down_proj.weight"] = down.weight.clone()
+        source.drop(theirs)
+        target.drop(ours)
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors", "m2d.json"))
-    ours.model.to(torch.bfloat16).save_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.load_state_dict(new, strict=False)
+    model.save_pretrained(out)
 
 
 def measured(folder: Path, test: Tensor, theirs: Tensor) -> dict[str, float]:
