@@ -8,42 +8,34 @@ Shapes: B sequences of T tokens, N tokens, H hidden size, W the student's interm
 """
 
 import argparse
-import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from m2d import __version__
-from m2d.artifacts import (
-    atomic_path,
-    make_own_folder,
-    reading,
-    require_absent,
-    sha256_of,
-    write_json,
-)
+from m2d.artifacts import require_absent, sha256_of
 from m2d.errors import UserError
 from m2d.models.checkpoint import shard_files
-from m2d.models.resume import FINISHED, kept_folder, remove_kept
+from m2d.models.resume import Arrays, Kept, identity, remove_kept
 from m2d.models.teacher import Teacher, locate, open_teacher
 from m2d.options import above_zero, add_compute_options, positive
-from m2d.progress import progress, say
+from m2d.progress import say
 from m2d.refit.halves import (
     SteppedModel,
     block_path,
+    kept_layers,
     open_student,
     residual_multiplier,
     run_halves,
 )
 from m2d.refit.refit import student_dtype, teacher_half, wide
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
-from m2d.refit.training import OPTIMISERS, AlignSettings, Examples, fit_block, load_parts
+from m2d.refit.training import OPTIMISERS, AlignSettings, Examples, fit_block
 from m2d.students.rewrite import rewrite_student
 from m2d.tokens.calibration import calibration
 
@@ -69,6 +61,21 @@ class Aligned:
 
     layers: dict[int, dict[str, Tensor]]
     reports: list[AlignReport]
+    dtype: torch.dtype
+    """Of the tensors."""
+
+    def state(self, layer: int) -> Arrays:
+        """A layer's tensors and report (m2d.models.resume.Results)."""
+        (report,) = (one for one in self.reports if one.layer == layer)
+        written = np.frombuffer(json.dumps(asdict(report)).encode(), np.uint8)
+        parts = {name: wide(part).numpy() for name, part in self.layers[layer].items()}
+        return {**parts, "report": written}
+
+    def restore(self, layer: int, state: Arrays) -> None:
+        """The layer as `state` gave it."""
+        parts = {name: torch.from_numpy(value) for name, value in state.items() if name != "report"}
+        self.layers[layer] = {name: part.to(self.dtype) for name, part in parts.items()}
+        self.reports.append(AlignReport(**json.loads(state["report"].tobytes())))
 
 
 def align(
@@ -80,7 +87,7 @@ def align(
     dtype: torch.dtype,
     device: torch.device,
     batch: int,
-    work: Path | None = None,
+    keep: Callable[[Aligned], Kept[Aligned]] | None = None,
     held_out_every: int = HELD_OUT_EVERY,
 ) -> Aligned:
     """Train and refit the FFN of every converted layer, one layer after the other.
@@ -107,19 +114,15 @@ def align(
         source.start(tokens, batch)
         target.start(tokens, batch)
     held_out = held_out_sequences(len(tokens), held_out_every)
-    layers: dict[int, dict[str, Tensor]] = {}
-    reports: list[AlignReport] = []
-    for index in progress(range(len(source.layers)), "align, layers"):
+    found = Aligned({}, [], disk)
+    streams = [source, target]
+    for index in kept_layers(keep and keep(found), source, streams, "align, layers"):
         theirs, ours = source.load(index), target.load(index)
         if index in teacher.moe_layers:
-            kept = read_layer(work, index)
-            parts, report = align_layer(
-                source, theirs, target, ours, index, held_out, settings, disk, kept, not reports
+            found.layers[index], report = align_layer(
+                source, theirs, target, ours, index, held_out, settings, disk, not found.reports
             )
-            if work is not None and kept is None:
-                write_layer(work, parts, report)
-            layers[index] = parts
-            reports.append(report)
+            found.reports.append(report)
             say(describe(report))
         else:
             with torch.no_grad():
@@ -127,7 +130,7 @@ def align(
                 target.advance(ours, index)
         source.drop(theirs)
         target.drop(ours)
-    return Aligned(layers, reports)
+    return found
 
 
 def align_layer(
@@ -139,7 +142,6 @@ def align_layer(
     held_out: Tensor,
     settings: AlignSettings,
     disk: torch.dtype,
-    kept: tuple[dict[str, Tensor], AlignReport] | None,
     check: bool,
 ) -> tuple[dict[str, Tensor], AlignReport]:
     """The layer's new tensors, as `disk` rounds them; both models' streams then have passed it."""
@@ -154,28 +156,22 @@ def align_layer(
             halves = run_halves(ours, block, target.hidden[i], target.call(index, i))
             residuals.append(halves.residual)
             inputs.append(halves.block_input)
-            if kept is None:
-                wanted.append((wide(source.hidden[i]) - wide(halves.residual)).to(source.dtype))
-                weights.append(1 / wide(source.hidden[i]).square().sum(-1, keepdim=True))
-    if kept is None:
-        examples = Examples(
-            torch.cat([x.flatten(0, 1) for x in inputs]),
-            torch.cat([x.flatten(0, 1) for x in wanted]),
-            torch.cat([x.flatten(0, 1) for x in weights]),
-            held_out.repeat_interleave(inputs[0].shape[1]).to(inputs[0].device),
-        )
-        parts, errors = fit_block(block, family, examples, settings, factor, disk)
-        report = AlignReport(index, *errors)
-        del examples, wanted, weights
-    else:
-        parts, report = kept
-        load_parts(block, family, parts)
+            wanted.append((wide(source.hidden[i]) - wide(halves.residual)).to(source.dtype))
+            weights.append(1 / wide(source.hidden[i]).square().sum(-1, keepdim=True))
+    examples = Examples(
+        torch.cat([x.flatten(0, 1) for x in inputs]),
+        torch.cat([x.flatten(0, 1) for x in wanted]),
+        torch.cat([x.flatten(0, 1) for x in weights]),
+        held_out.repeat_interleave(inputs[0].shape[1]).to(inputs[0].device),
+    )
+    parts, errors = fit_block(block, family, examples, settings, factor, disk)
+    del examples, wanted, weights
     with torch.no_grad():
         for i, residual in enumerate(residuals):
             output = block(inputs[i])
             output = output[0] if isinstance(output, tuple) else output
             target.hidden[i] = residual + factor * output
-    return parts, report
+    return parts, AlignReport(index, *errors)
 
 
 def describe(report: AlignReport) -> str:
@@ -185,39 +181,6 @@ def describe(report: AlignReport) -> str:
         f"layer {report.layer}: relative error {report.before:.4f} -> {report.after:.4f} "
         f"(held-out{note})"
     )
-
-
-def layer_file(work: Path, index: int) -> Path:
-    return work / f"layer-{index:04d}.safetensors"
-
-
-def read_layer(work: Path | None, index: int) -> tuple[dict[str, Tensor], AlignReport] | None:
-    """A finished layer, or None. Raises UserError where it is damaged."""
-    if work is None or not layer_file(work, index).exists():
-        return None
-    path = layer_file(work, index)
-    with (
-        reading(path, f"an aligned layer; remove {work} to begin anew"),
-        safe_open(path, "pt") as file,
-    ):
-        report = AlignReport(**json.loads((file.metadata() or {})["report"]))
-        return {name: file.get_tensor(name) for name in file.keys()}, report  # noqa: SIM118
-
-
-def write_layer(work: Path, parts: dict[str, Tensor], report: AlignReport) -> None:
-    """Keep a finished layer."""
-    with atomic_path(layer_file(work, report.layer)) as temporary:
-        save_file(parts, temporary, {"report": json.dumps(asdict(report))})
-    write_json(work / FINISHED, {"finished": report.layer + 1})
-
-
-def open_work(out: str | Path, what: dict[str, Any]) -> Path:
-    """Make the folder of finished layers, of just what `what` says; earlier runs may have begun."""
-    work = kept_folder(out, what)
-    make_own_folder(work)
-    if done := len(list(work.glob("layer-*.safetensors"))):
-        say(f"align: going on after {done} finished layers in {work}")
-    return work
 
 
 def align_student(
@@ -234,14 +197,13 @@ def align_student(
 ) -> Path:
     """`align`, and the folder written. Finished layers are kept beside it until then."""
     require_absent(out)
-    upstream = {f.name: sha256_of(f) for f in shard_files(student_folder)}
-    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    about = {"settings": asdict(settings), "dtype": str(dtype), "tokens": digest, "batch": batch}
-    about |= {"student": upstream, "teacher": teacher.fingerprint, "m2d_version": __version__}
-    work = open_work(out, about)
+    made_from = {f.name: sha256_of(f) for f in shard_files(student_folder)}
+    what = identity(teacher.folder, tokens, batch, dtype) | {
+        "align": asdict(settings), "student": made_from,
+    }  # fmt: skip
     found = align(
-        teacher, student_folder, tokens, settings,
-        dtype=dtype, device=device, batch=batch, work=work,
+        teacher, student_folder, tokens, settings, dtype=dtype, device=device, batch=batch,
+        keep=lambda found: Kept(out, found, what),
     )  # fmt: skip
     section = {
         **asdict(settings),

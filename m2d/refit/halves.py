@@ -5,6 +5,7 @@ constant of the family (1 but for Granite). Shapes: B sequences of T tokens, H h
 student's intermediate size.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
 from m2d.models.fingerprint import noted_teacher, require_teacher
-from m2d.models.hidden import HiddenStates
+from m2d.models.hidden import HiddenStates, SeveralStates
+from m2d.models.resume import Kept
 from m2d.models.stream import StreamedTeacher, drop_weights
 from m2d.models.student_config import number
 from m2d.models.teacher import Teacher, check_weights, make_skeleton, read_config
+from m2d.progress import progress
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative; else 2e-2
 
@@ -147,6 +150,28 @@ class SteppedModel(StreamedTeacher):
         """Push every batch through the whole layer."""
         for i, hidden in enumerate(self.hidden):
             self.hidden[i] = self.calls.run(layer, index, i, hidden)
+
+
+def kept_layers(
+    kept: Kept[Any] | None, source: SteppedModel, streams: Sequence[SteppedModel], title: str
+) -> Iterator[int]:
+    """The layers in turn, from where `kept` goes on; what the streams leave in each is kept.
+
+    What layers hand on beside hidden states is not: then all are run again.
+    """
+    states, start, total = None, 0, len(source.layers)
+    if kept is not None and not any(stream.calls.between_layers for stream in streams):
+        kept.open(source.teacher.moe_layers)
+        states = SeveralStates(kept.folder, [stream.hidden for stream in streams])
+        start = kept.finished
+        if start:
+            states.restore(kept.file)
+    for index in progress(range(start, total), title, total):
+        yield index
+        if kept is not None and states is not None:
+            kept.done(index, states, index == total - 1)
+    if states is not None:
+        states.close()
 
 
 class _DenseStub(nn.Module):

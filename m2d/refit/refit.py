@@ -20,17 +20,17 @@ from m2d.artifacts import require_absent, sha256_of
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, shard_files
 from m2d.models.families import Family
-from m2d.models.hidden import SeveralStates
 from m2d.models.resume import Arrays, Kept, identity, remove_kept
 from m2d.models.teacher import Teacher, locate, open_teacher
 from m2d.options import add_compute_options
-from m2d.progress import progress, say
+from m2d.progress import say
 from m2d.refit.halves import (
     Halves,
     SteppedModel,
     StudentFeedForward,
     block_path,
     check_halves,
+    kept_layers,
     open_student,
     residual_multiplier,
     run_halves,
@@ -123,18 +123,8 @@ def refit(
         target.start(tokens, batch)
     held_out = held_out_sequences(len(tokens), held_out_every).split(batch)
     found = Refitted({}, [])
-    # What layers hand on beside hidden states is not kept.
-    kept = None if source.calls.between_layers else keep and keep(found)
-    states, start = None, 0
-    if kept is not None:
-        kept.open(teacher.moe_layers)
-        streams = [source, target] if variant == "sequential" else [source]
-        states = SeveralStates(kept.folder, [stream.hidden for stream in streams])
-        start = kept.finished
-        if start:
-            states.restore(kept.file)
-    total = len(source.layers)
-    for index in progress(range(start, total), f"refit ({variant}), layers", total):
+    streams = [source, target] if variant == "sequential" else [source]
+    for index in kept_layers(keep and keep(found), source, streams, f"refit ({variant}), layers"):
         converted = index in teacher.moe_layers
         theirs = source.load(index)
         ours = target.load(index) if converted or variant == "sequential" else None
@@ -153,10 +143,6 @@ def refit(
         source.drop(theirs)
         if ours is not None:
             target.drop(ours)
-        if kept is not None and states is not None:
-            kept.done(index, states, index == total - 1)
-    if states is not None:
-        states.close()
     return found
 
 
