@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from m2d import cli
-from tests.fuzz import FAULTS, TABLES, make_sound, outcome_of
+from tests.fuzz import FAULTS, outcome_of
+from tests.fuzz_inputs import TABLES, make_sound
 from tests.kills import STAGES, content_of
 
 TOKENS = ("--tokens", "tokens")

@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conftest import make_teacher
+import pytest
+import torch
+from conftest import make_teacher, write_tokens
 
 from m2d.cli import main
 
@@ -50,3 +52,22 @@ def flip(file: Path, place: float) -> None:
     content = bytearray(file.read_bytes())
     content[int(len(content) * place)] ^= 4
     file.write_bytes(content)
+
+
+@pytest.fixture(scope="session")
+def both_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """What is made from each of two teachers of one shape; tests must not write into it."""
+    folder = tmp_path_factory.mktemp("bound")
+    ids = torch.randint(1, 300, (8, 12), generator=torch.Generator().manual_seed(0))
+    write_tokens(folder / "tokens", ids.int(), {"source": "random"})
+    runs = ((1, "a"), (2, "b"))
+    first, second = (make_run(folder / name, seed, folder / "tokens") for seed, name in runs)
+    return first, second
+
+
+@pytest.fixture
+def own_run(both_runs: tuple[Run, Run], tmp_path: Path) -> Run:
+    """The first of them, which a test may spoil; the paths of its artifacts."""
+    source = both_runs[0]["teacher"].parent
+    shutil.copytree(source, tmp_path / "a")
+    return {key: tmp_path / "a" / path.relative_to(source) for key, path in both_runs[0].items()}

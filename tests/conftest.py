@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,8 @@ The router scores the experts, and the highest scores win the token.
 A dense model sends every token through one larger network instead.
 """
 VOCABULARY = 300
+# Fixtures that several files of tests share.
+pytest_plugins = ("bound", "evaluation_data", "workflow_project")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,23 +95,3 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(TEXT * 60, encoding="utf-8")
     return file
-
-
-@pytest.fixture(scope="session")
-def both_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], ...]:
-    """What is made from each of two teachers of one shape; tests must not write into it."""
-    from bound import make_run
-
-    folder = tmp_path_factory.mktemp("bound")
-    ids = torch.randint(1, 300, (8, 12), generator=torch.Generator().manual_seed(0))
-    write_tokens(folder / "tokens", ids.int(), {"source": "random"})
-    runs = ((1, "a"), (2, "b"))
-    return tuple(make_run(folder / name, seed, folder / "tokens") for seed, name in runs)
-
-
-@pytest.fixture
-def own_run(both_runs: tuple[dict[str, Path], ...], tmp_path: Path) -> dict[str, Path]:
-    """The first of them, which a test may spoil; the paths of its artifacts."""
-    source = both_runs[0]["teacher"].parent
-    shutil.copytree(source, tmp_path / "a")
-    return {key: tmp_path / "a" / path.relative_to(source) for key, path in both_runs[0].items()}

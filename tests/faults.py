@@ -22,7 +22,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.fuzz import make_sound
+from tests.fuzz_inputs import make_sound
 from tests.kills import STAGES, state
 
 # The package need not be installed for the other user, nor for a folder that is gone.

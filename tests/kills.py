@@ -25,7 +25,7 @@ import torch
 
 from m2d import cli
 from m2d.sealed import digest_of_record
-from tests.fuzz import CHOSEN, DISTILL, METHODS, TABLES, make_sound, tokenize
+from tests.fuzz_inputs import CHOSEN, DISTILL, METHODS, TABLES, make_sound, tokenize
 
 EVENTS = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree", "open")
 STAGES: dict[str, tuple[str, ...]] = {

@@ -17,7 +17,7 @@ from m2d.claims import claim, claimed
 from m2d.distill.checkpoints import checkpoints_in, newest_sound, seal
 from m2d.distill.result import other_work
 from m2d.errors import UserError
-from tests.fuzz import make_sound
+from tests.fuzz_inputs import make_sound
 from tests.kills import STAGES
 
 

@@ -17,8 +17,17 @@ from pathlib import Path
 import pytest
 import yaml
 from slurm_cluster import Cluster, missing_programs, slurm_cluster
-from test_workflow import TABLES, edit_function, other_ranking
-from workflow_project import CONFIG, environment, jobs_of, make_project, make_stub, write_config
+from workflow_project import (
+    CONFIG,
+    TABLES,
+    edit_function,
+    environment,
+    jobs_of,
+    make_project,
+    make_stub,
+    other_ranking,
+    write_config,
+)
 
 pytestmark = [
     pytest.mark.slurm,

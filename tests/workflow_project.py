@@ -1,22 +1,28 @@
 """A copy of the workflow and the package in a folder of its own, with a tiny config, to run there.
 
-Not a test: `tests/test_workflow.py` runs it. In the copy, `m2d` is the copied package, so tests may
+Not a test: those of the workflow run it. In the copy, `m2d` is the copied package, so tests may
 edit its source.
 """
 
+import ast
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOMAINS = ("alpha", "beta", "gamma", "delta", "epsilon")
+SCORING = "m2d/choose/scoring.py"
+NOTHING = "Nothing to be done"
+TABLES = [f"{rule} pipeline=all_wide" for rule in ("draw_figures", "make_tables", "write_cards")]
 WORDS = ("array", "vector", "matrix", "layer", "router", "expert", "token", "weight", "score")
 
 # All the parts of a pipeline, each as small as it goes.
@@ -246,3 +252,65 @@ def jobs_of(output: str) -> list[str]:
         if not name.startswith("all_"):
             found.append(" ".join([name, *sorted(names)]))
     return sorted(set(found))
+
+
+def change_config(project: Path, section: str, name: str, **values: object) -> None:
+    config = yaml.safe_load((project / "config.yaml").read_text(encoding="utf-8"))
+    config[section][name] |= values
+    write_config(project, config)
+
+
+def edit_function(file: Path, name: str, change: Callable[[str], str]) -> None:
+    """Replace a top-level function's `return X` by `change("X")`."""
+    source = file.read_text(encoding="utf-8")
+    function = next(n for n in ast.parse(source).body if getattr(n, "name", "") == name)
+    assert isinstance(function, ast.FunctionDef)
+    last = function.body[-1]
+    assert isinstance(last, ast.Return)
+    assert last.value is not None
+    lines = source.splitlines(keepends=True)
+    start, end = last.lineno - 1, last.end_lineno
+    lines[start:end] = [f"    {change(ast.unparse(last.value))}\n"]
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def same_ranking(value: str) -> str:
+    return f"result = {value}\n    return result"
+
+
+def other_ranking(value: str) -> str:
+    return f"result = {value}\n    return Ranking(result.order[::-1].copy(), result.importance)"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_text: Path) -> Path:
+    """A project with `all_tiny` complete, by the real stages."""
+    folder = make_project(tmp_path_factory.mktemp("workflow") / "p", tiny_teacher, tiny_text)
+    snakemake(folder, "all_tiny", forked=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_stub(tmp_path_factory.mktemp("stub") / "bin")
+
+
+@pytest.fixture(scope="session")
+def wide(finished: Path, stub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy where `all_wide` is complete too, with real rankings and stubs for the rest."""
+    folder = tmp_path_factory.mktemp("wide") / "p"
+    shutil.copytree(finished, folder)
+    snakemake(folder, "all_wide", stub=stub)
+    return folder
+
+
+@pytest.fixture
+def project(wide: Path, tmp_path: Path) -> Path:
+    """A copy of the complete project, for one test to edit."""
+    return Path(shutil.copytree(wide, tmp_path / "p"))
+
+
+@pytest.fixture
+def run(project: Path, stub: Path) -> Callable[..., list[str]]:
+    """Run `all_wide` in the project with the stub; returns the jobs that ran."""
+    return lambda *options: jobs_of(snakemake(project, "all_wide", *options, stub=stub).stdout)
