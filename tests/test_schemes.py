@@ -237,6 +237,26 @@ def test_zero_points_that_config_json_promises_must_be_there(tmp_path: Path) -> 
             Checkpoint(folder)
 
 
+def test_an_order_of_columns_that_config_json_promises_must_be_there(tmp_path: Path) -> None:
+    for name, end in (
+        ("gptq", "g_idx"),
+        ("compressed w4a16, columns in any order", "weight_g_idx"),
+    ):
+        folder = make_teacher(tmp_path / name)
+        quantise(folder, name)
+        settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+        if "config_groups" in settings:
+            settings["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+            edit_config(folder, quantization_config=settings)
+        Checkpoint(folder)
+        tensors = load_file(folder / "model.safetensors")
+        kept = {key: tensor for key, tensor in tensors.items() if not key.endswith(end)}
+        assert len(kept) < len(tensors)
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=rf"has no .*{end} beside it"):
+            Checkpoint(folder)
+
+
 def test_scales_of_other_blocks_than_declared_are_refused(tmp_path: Path) -> None:
     folder = make_teacher(tmp_path / "teacher")
     for name in ("fp8, one scale", "scales that nobody declares"):
@@ -294,6 +314,18 @@ UNKNOWN: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
             "format": "dense",
             "sparsity_config": {"format": "sparse-24-bitmask"},
         },
+        None,
+    ),
+    "compressed-tensors' transforms": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "transform_config": {"config_groups": {"R4": {"type": "hadamard", "apply": []}}},
+        },
+        None,
+    ),
+    "gptq after a rotation (hadamard)": (
+        {"quant_method": "gptq", "bits": 4, "rotation": "hadamard"},
         None,
     ),
     "gptq of 3 bits": ({"quant_method": "gptq", "bits": 3}, None),

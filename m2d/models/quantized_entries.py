@@ -196,9 +196,11 @@ def _packed(
     packed, scale = _take(folder, found, weight, (name, f"{weight}_scale"))
     (size,) = _take(folder, found, weight, (f"{weight}_shape",))
     _require_floats(folder, f"{weight}_scale", scale)
+    several = bool(scale.shape) and scale.shape[-1] > 1
+    promised = {"zero_point": scheme.zero_points, "g_idx": scheme.shuffled and several}
     others = {}
-    for part in ("zero_point", "g_idx"):
-        if f"{weight}_{part}" in found or (part == "zero_point" and scheme.zero_points):
+    for part in promised:
+        if f"{weight}_{part}" in found or promised[part]:
             (others[part],) = _take(folder, found, weight, (f"{weight}_{part}",))
     factor = 32 // scheme.bits
     shape = _noted_shape(folder, f"{weight}_shape", size)
@@ -293,7 +295,7 @@ def _qweight(
             group=group,
             zero_offset=scheme.zero_offset,
         )
-        if f"{stem}g_idx" in found:
+        if f"{stem}g_idx" in found or (scheme.shuffled and groups > 1):
             (index,) = _take(folder, found, weight, (f"{stem}g_idx",))
             _require_whole(folder, {f"{stem}g_idx": index})
             if index.shape != (columns,):

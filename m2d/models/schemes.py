@@ -28,6 +28,9 @@ FORMATS = (
 )
 MODELOPT_ALGORITHMS = ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W8A8_FP8")
 
+# compressed-tensors' names of an order of columns that `g_idx` must tell.
+SHUFFLED = ("group", "dynamic", "true")
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -46,6 +49,8 @@ class Scheme:
     """GPTQ: how much too small the stored zero points are."""
     zero_points: bool = False
     """Whether config.json says that all integers have zero points."""
+    shuffled: bool = False
+    """Whether config.json says that columns were put into groups in another than their order."""
 
 
 def read_scheme(folder: Path, config: dict[str, Any]) -> Scheme:
@@ -116,6 +121,9 @@ def _compressed(settings: dict[str, Any], refuse: Callable[[str], UserError]) ->
     sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
     if layout not in FORMATS or sparsity != "dense":
         raise refuse(f"compressed-tensors' {layout if layout not in FORMATS else sparsity}")
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        # The weights are of rotated activations, which only a program that rotates these has.
+        raise refuse("compressed-tensors' transforms")
     weights = [
         group["weights"]
         for group in (settings.get("config_groups") or {}).values()
@@ -138,6 +146,7 @@ def _compressed(settings: dict[str, Any], refuse: Callable[[str], UserError]) ->
         bits=bits,
         group=group if _positive(group) else None,
         zero_points=bool(integers) and all(w.get("symmetric") is False for w in integers),
+        shuffled=any(str(w.get("actorder")).lower() in SHUFFLED for w in integers),
     )
 
 
@@ -150,5 +159,13 @@ def _integers(method: str, settings: dict[str, Any], refuse: Callable[[str], Use
         raise refuse(f"awq of {bits} bits in the layout {layout!r}")
     if method == "gptq" and (bits not in (2, 4, 8) or stored not in ("gptq", "gptq_v2")):
         raise refuse(f"gptq of {bits} bits in the layout {stored!r}")
+    if settings.get("rotation"):
+        raise refuse(f"{method} after a rotation ({settings['rotation']})")
     offset = 1 if stored == "gptq" and method == "gptq" else 0
-    return Scheme(method, bits=bits, group=group if _positive(group) else None, zero_offset=offset)
+    return Scheme(
+        method,
+        bits=bits,
+        group=group if _positive(group) else None,
+        zero_offset=offset,
+        shuffled=method == "gptq" and bool(settings.get("desc_act")),
+    )
