@@ -10,6 +10,7 @@ from pathlib import Path
 
 from m2d.artifacts import atomic_path, require_absent
 from m2d.errors import UserError
+from m2d.footprint import size
 from m2d.export.check import Check, check_gguf
 from m2d.export.converter import find_converter, run_converter
 from m2d.export.engine import server_command
@@ -122,6 +123,6 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--experts: of a folder; a GGUF file is made of the student as it is")
     options = {k: v for k, v in vars(args).items() if k not in ("command", "debug", "experts")}
     found = export(**options)
-    size = args.out.stat().st_size / 1e9
-    say(f"{args.out}: {args.kind}, {size:.3g} GB; llama-server -m {args.out}")
+    written = size(args.out.stat().st_size)
+    say(f"{args.out}: {args.kind}, {written}; llama-server -m {args.out}")
     print(found.text() if found else "not checked: give --text FILE to compare it with the student")
