@@ -10,11 +10,11 @@ from pathlib import Path
 
 from m2d.artifacts import atomic_path, require_absent
 from m2d.errors import UserError
-from m2d.footprint import size
 from m2d.export.check import Check, check_gguf
 from m2d.export.converter import find_converter, run_converter
 from m2d.export.engine import server_command
 from m2d.export.folder import export_folder
+from m2d.footprint import size
 from m2d.options import positive
 from m2d.progress import say
 
