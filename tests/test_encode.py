@@ -17,6 +17,7 @@ from m2d.errors import UserError
 from m2d.tokens.dataset import PackedTokens
 from m2d.tokens.files import open_tokens, read_tokens
 from m2d.tokens.packed import pack_tokens, packed_batches, write_packed
+from m2d.tokens.rows import chat_of
 from m2d.tokens.tokenize import load_tokenizer
 from tests.conftest import make_tokenizer
 
@@ -72,6 +73,54 @@ def test_the_loss_is_on_what_assistants_say() -> None:
     assert tokenizer.decode(counted) == (
         "of experts<|endoftext|><think>ah</think>wins<|endoftext|>the router<|endoftext|>"
     )
+
+
+def counted_text(chat: list[dict[str, Any]], template: str) -> tuple[str, str]:
+    """A chat as it is tokenized, and of it what the loss counts."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = template
+    found = chat_of(chat)
+    assert found is not None
+    length = len(tokenizer(tokenizer.apply_chat_template(found, tokenize=False))["input_ids"])
+    (row,) = first_batch([found], tokenizer, length, loss_on="assistant")
+    return tokenizer.decode(row[:, 0]), tokenizer.decode(row[row[:, 1] == 1, 0])
+
+
+CALLS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "[{{ call.function.name }}]{% endfor %}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_calls_of_tools_are_what_an_assistant_says() -> None:
+    call = {"type": "function", "function": {"name": "router", "arguments": "{}"}}
+    chat = [
+        {"role": "user", "content": "a mixture"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "expert"},
+        {"role": "assistant", "content": "of experts", "tool_calls": None},
+    ]
+    whole, counted = counted_text(chat, CALLS)
+    assert "None" not in whole
+    assert counted == "[router]<|endoftext|>of experts<|endoftext|>"
+    chat[1]["content"] = "the"
+    assert counted_text(chat, CALLS)[1] == "the[router]<|endoftext|>of experts<|endoftext|>"
+
+
+def test_turns_that_are_not_to_be_learnt_are_not_counted() -> None:
+    chat = [
+        {"role": "assistant", "content": "the router"},
+        {"role": "user", "content": "a mixture"},
+        {"role": "assistant", "content": "expert", "weight": 0},
+        {"role": "user", "content": "of experts"},
+        {"role": "assistant", "content": "expert", "train": False},
+        {"role": "user", "content": "of experts"},
+        {"role": "assistant", "content": "wins", "weight": 1, "train": True},
+    ]
+    # Of the first turn, which no prompt precedes, neither the role.
+    expected = "the router<|endoftext|>wins<|endoftext|>"
+    assert counted_text(chat, CALLS)[1] == expected
 
 
 def test_chats_that_a_template_refuses_are_counted(capsys: pytest.CaptureFixture) -> None:

@@ -93,13 +93,14 @@ def test_a_named_column_is_the_text(tmp_path: Path) -> None:
 
 
 def test_chats(tmp_path: Path) -> None:
-    """Messages by role and content, ShareGPT's conversations, and Parquet's structs."""
+    """Messages by role and content, ShareGPT's conversations, Parquet's structs, and JSON in a string."""
     shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
     (tmp_path / "a.jsonl").write_bytes(lines(json.dumps({"messages": CHAT})))
     (tmp_path / "b.jsonl").write_bytes(lines(json.dumps({"conversations": shared})))
     pq.write_table(pa.table({"messages": [CHAT]}), tmp_path / "c.parquet")
-    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.parquet")]
-    assert list(read_documents(files)) == [CHAT] * 3
+    (tmp_path / "d.jsonl").write_bytes(lines(json.dumps({"messages": json.dumps(CHAT)})))
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.parquet", "d.jsonl")]
+    assert list(read_documents(files)) == [CHAT] * 4
 
 
 def test_what_is_skipped_is_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -145,15 +145,25 @@ def render(tokenizer: Any, chat: Chat, **options: Any) -> str:
 def assistant_spans(tokenizer: Any, chat: Chat, whole: str) -> list[tuple[int, int]]:
     """Where, in the rendered chat, the assistant speaks: characters from its prompt on.
 
+    Calls of tools are its words too. Turns whose `weight` is 0, as OpenAI's files have it, or whose
+    `train` is false, as axolotl's have it, are none.
+
     Raises ChatRefused where the template does not write the conversation in order.
     """
     spans = []
     for i, message in enumerate(chat):
-        if message["role"] != "assistant" or not content_of(message).strip():
+        calls = bool(message.get("tool_calls"))
+        if message["role"] != "assistant" or not (calls or content_of(message).strip()):
+            continue
+        if message.get("weight") == 0 or message.get("train") is False:
             continue
         before = render(tokenizer, chat[:i], add_generation_prompt=True) if i else ""
         if not whole.startswith(before):
             before = render(tokenizer, chat[:i])
+        if calls:
+            end = turn_end(tokenizer, chat[: i + 1], before, whole)
+            spans.append((len(before), end))
+            continue
         # A template may drop what was thought in earlier turns.
         said = content_of(message).strip()
         candidates = (said, said.rpartition("</think>")[2].strip())
@@ -165,8 +175,32 @@ def assistant_spans(tokenizer: Any, chat: Chat, whole: str) -> list[tuple[int, i
                 "--loss-on assistant: the chat template changes what the assistant says, so that "
                 "its words cannot be found"
             )
-        spans.append((len(before), place + len(text)))
+        spans.append((len(before) if i else place, place + len(text)))
     return spans
+
+
+def turn_end(tokenizer: Any, chat: Chat, before: str, whole: str) -> int:
+    """Where the last turn of the chat ends in the rendered whole, before the token that says so.
+
+    Raises ChatRefused where the template does not write the conversation in order.
+    """
+    until = render(tokenizer, chat).rstrip()
+    for token in sorted(special_tokens(tokenizer), key=len, reverse=True):
+        if token and until.endswith(token):
+            until = until.removesuffix(token)
+            break
+    if not (whole.startswith(until) and until.startswith(before) and len(until) > len(before)):
+        raise ChatRefused(
+            "--loss-on assistant: the chat template writes a turn with calls of tools differently "
+            "in a longer chat, so that it cannot be found"
+        )
+    return len(until)
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """The tokens that are no text."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
+    return {*tokenizer.all_special_tokens, *added}
 
 
 def counted_tokens(

@@ -3,6 +3,8 @@
 A document is a text or a chat, a list of messages with `role` and `content`. Imports nothing heavy.
 """
 
+import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +17,8 @@ Document = str | Chat
 
 # Where none is named, the first of these that holds text; else the only one that does.
 COLUMNS = ("text", "content", "messages", "conversations", "document", "raw_content", "article")
+# Those that hold chats, as lists or as JSON in a string.
+CHATS = ("messages", "conversations")
 # How ShareGPT's conversations name what chat templates call role.
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant"}
 # Rows that are looked at to find the column.
@@ -64,7 +68,17 @@ def values_of(rows: Iterable[Any], column: str | None) -> Iterator[Any]:
         if column is None:
             yield row
         else:
-            yield row.get(column, MISSING) if isinstance(row, Mapping) else MISSING
+            found = row.get(column, MISSING) if isinstance(row, Mapping) else MISSING
+            yield _unwrapped(found) if column in CHATS else found
+
+
+def _unwrapped(value: Any) -> Any:
+    """The chat that a string holds as JSON; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            return value if chat_of(found) is None else found
+    return value
 
 
 def documents_of(values: Iterable[Any], place: str) -> Iterator[Document]:
@@ -133,7 +147,8 @@ def chat_of(value: Any) -> Chat | None:
         if not isinstance(role, str) or not isinstance(content, str | list | None):
             return None
         rest = {k: v for k, v in message.items() if k not in ("from", "value") and v is not None}
-        chat.append({**rest, "role": role, "content": content})
+        # Templates write a null, which a call of a tool has, as "None".
+        chat.append({**rest, "role": role, "content": "" if content is None else content})
     return chat
 
 
