@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from m2d.devices import dtype_name
-from m2d.distill.settings import Recipe
+from m2d.distill.recipe import Recipe
 from m2d.distill.trainer import make_trainer
 from m2d.models.widen import widen
 from m2d.tokens.dataset import PackedTokens

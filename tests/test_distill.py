@@ -35,6 +35,7 @@ from transformers import (
 from m2d.cli import main
 from m2d.distill import run, watch
 from m2d.distill.heads import check_head, hidden_states
+from m2d.distill.recipe import make_recipe
 from m2d.errors import UserError
 from m2d.tokens.dataset import PackedTokens
 
@@ -402,7 +403,7 @@ def test_defaults_follow_from_tokens_and_student(
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
     args = parser.parse_args(["student", "teacher", "out", "--tokens", "file", *options])
-    recipe = run.make_recipe(args, "single", 146_304, "fp32", "float32", repairs)
+    recipe = make_recipe(args, "single", 146_304, "fp32", "float32", repairs)
     found = (
         recipe.steps,
         recipe.batch,

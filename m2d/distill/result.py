@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from m2d import __version__
 from m2d.artifacts import atomic_path, read_json, sha256_of
-from m2d.distill.settings import Recipe
+from m2d.distill.recipe import Recipe
 from m2d.models.fingerprint import fingerprint
 from m2d.models.hub import licence_of, revision_of
 from m2d.models.schemes import QUANTISATION_KEYS

@@ -68,25 +68,3 @@ class DistillSettings(Section):
     """torch.compile both models."""
     seed: Seed = 0
     """Order of the tokens."""
-
-
-class Recipe(DistillSettings):
-    """What determines the weights that come out, besides the student, the teacher and the tokens.
-
-    The settings with what is worked out from them; `batch` is the sequences of one step over all
-    processes and accumulation together.
-    """
-
-    steps: Count
-    batch: Count
-    learning_rate: Positive
-    min_learning_rate: NotNegative
-    warmup_steps: Whole
-    decay_steps: Whole
-    strategy: str  # type: ignore[assignment]  # as started: also "single"
-    processes: Count
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches that a process sums up before each step."""
-        return self.batch // (self.device_batch * self.processes)

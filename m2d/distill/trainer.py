@@ -22,7 +22,7 @@ from m2d.distill.liger import liger_loss
 from m2d.distill.logits import StoredLogits
 from m2d.distill.loss import distillation_loss, hidden_state_loss, stored_loss
 from m2d.distill.optimizers import OPTIMIZERS
-from m2d.distill.settings import Recipe
+from m2d.distill.recipe import Recipe
 from m2d.tokens.dataset import PackedTokens
 
 KEPT_CHECKPOINTS = 2
