@@ -93,7 +93,7 @@ def test_a_named_column_is_the_text(tmp_path: Path) -> None:
 
 
 def test_chats(tmp_path: Path) -> None:
-    """Messages by role and content, ShareGPT's conversations, Parquet's structs, and JSON in a string."""
+    """Messages by role and content, ShareGPT's, structs of Parquet, JSON in a string."""
     shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
     (tmp_path / "a.jsonl").write_bytes(lines(json.dumps({"messages": CHAT})))
     (tmp_path / "b.jsonl").write_bytes(lines(json.dumps({"conversations": shared})))
