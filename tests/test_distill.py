@@ -304,6 +304,7 @@ BAD = {
     "not safetensors": (["--tokens", "{student}/config.json"], "not a readable token file"),
     "vocabulary": (["--tokens", "{outside}"], "token id 300 is outside"),
     "device": (["--device", "nothing"], "not available here"),
+    "board": (["--tensorboard", "{nowhere}"], "is no folder"),
 }
 
 
@@ -314,7 +315,9 @@ def test_bad_input_is_one_line(
     more, message = BAD[kind]
     outside = tmp_path / "outside.safetensors"
     save_file({"input_ids": torch.full((8, 4), 300)}, outside)
-    names = {"student": place / "student", "outside": outside, "few": outside}
+    nowhere = tmp_path / "link"
+    nowhere.symlink_to("nowhere")
+    names = {"student": place / "student", "outside": outside, "few": outside, "nowhere": nowhere}
     out = "whole" if kind == "out exists" else "bad"
     try:
         code = main(arguments(place, out, *(word.format(**names) for word in more)))
@@ -327,6 +330,15 @@ def test_bad_input_is_one_line(
         assert "\n" not in error
     assert code == 2
     assert not (place / "bad").exists()
+    assert not list(place.glob(".bad*"))
+
+
+def test_what_fails_before_a_checkpoint_leaves_nothing(
+    place: Path, capsys: pytest.CaptureFixture
+) -> None:
+    below_a_file = str(place / "tokens.safetensors" / "board")
+    assert main(arguments(place, "bad", "--tensorboard", below_a_file)) == 2
+    assert "Not a directory" in capsys.readouterr().err
     assert not list(place.glob(".bad*"))
 
 

@@ -100,7 +100,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise a UserError where the options of loss and teacher do not go together."""
+    """Raise a UserError where options do not go together, or name what cannot be written."""
+    board = args.tensorboard
+    if board is not None and not board.is_dir() and (board.exists() or board.is_symlink()):
+        raise UserError(f"--tensorboard {board}: is no folder")
     if args.teacher_device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "--teacher-device-map: each of several processes holds a teacher on its own device; "
@@ -261,9 +264,9 @@ def run(args: argparse.Namespace) -> None:
         training = make_trainer(student, teacher, tokens, recipe, work, [watcher], vocabulary)
         try:
             training.train(resume_from_checkpoint=str(newest) if newest else None)
-        except UserError:
+        except BaseException:
             if first and not checkpoints_in(work):
-                shutil.rmtree(work)  # nothing to go on from
+                shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
             raise
         if watcher.stopped:
             if first:
