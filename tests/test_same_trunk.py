@@ -82,6 +82,17 @@ def test_a_config_that_makes_another_model_is_refused(
         check_trunk(opened, changed)
 
 
+def test_a_config_that_the_student_s_class_cannot_run_is_one_line(
+    tmp_path: Path, tiny_text: Path
+) -> None:
+    """Qwen3-MoE does not look at layer_types, and Qwen3 finds no window for them."""
+    folder = make("qwen3_moe", tmp_path / "teacher")
+    kinds = ["sliding_attention", "full_attention"]
+    edit_config(folder, layer_types=kinds, use_sliding_window=False, sliding_window=8)
+    with pytest.raises(UserError, match="cannot run .*sliding_window.* is not written"):
+        m2d.convert(folder, tmp_path / "s", text=[tiny_text], sequences=2, length=12)
+
+
 def test_nothing_is_written_then(
     tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2d.devices import release_freed_memory
-from m2d.errors import UserError
+from m2d.errors import UserError, first_line
 from m2d.models.calls import Calls, Tap
 from m2d.models.checkpoint import Checkpoint, require_finite
 from m2d.models.families import Family
@@ -118,6 +118,7 @@ class _Trunk:
     ):
         self.read, self.ids, self.family = read, ids, teacher.family
         config.dtype = torch.float32
+        self.folder = teacher.folder
         self.model = make_skeleton(config, teacher.folder)
         self.layers = list(layers_of(self.model))
         self.prefix = f"{layers_path(self.model)}."
@@ -141,10 +142,17 @@ class _Trunk:
         """Let the layers note how they are called; the head has no weights yet."""
         head = self.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(_stop) if head is not None else None
-        with contextlib.suppress(_AtTheHead):
-            self.model(self.ids, use_cache=False, logits_to_keep=1)
-        if handle is not None:
-            handle.remove()
+        try:
+            with contextlib.suppress(_AtTheHead):
+                self.model(self.ids, use_cache=False, logits_to_keep=1)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise UserError(
+                f"{self.folder}: a {type(self.model).__name__} with this config.json cannot run "
+                f"({first_line(error)}); the student is not written"
+            ) from error
+        finally:
+            if handle is not None:
+                handle.remove()
 
     def _names(self, module: nn.Module | None) -> set[str]:
         """The names of a module's own parameters in the whole model."""
