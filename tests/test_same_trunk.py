@@ -89,7 +89,7 @@ def test_a_config_that_the_student_s_class_cannot_run_is_one_line(
     folder = make("qwen3_moe", tmp_path / "teacher")
     kinds = ["sliding_attention", "full_attention"]
     edit_config(folder, layer_types=kinds, use_sliding_window=False, sliding_window=8)
-    with pytest.raises(UserError, match="cannot run .*sliding_window.* is not written"):
+    with pytest.raises(UserError, match=r"cannot run .*sliding_window.* is not written"):
         m2d.convert(folder, tmp_path / "s", text=[tiny_text], sequences=2, length=12)
 
 
