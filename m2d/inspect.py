@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import Any
 
+from m2d.devices import dtype_name
 from m2d.errors import UserError
 from m2d.footprint import as_lines, footprint, size
 from m2d.models.skeleton import text_key
@@ -62,7 +63,7 @@ def inspect(
         "shared_width": teacher.shared_width,
         "hidden_size": int(teacher.config.hidden_size),
         "vocab_size": int(teacher.config.vocab_size),
-        "dtype": str(teacher.dtype).removeprefix("torch."),
+        "dtype": dtype_name(teacher.dtype),
         "teacher_parameters": total,
         "active_parameters": total - idle,
         "expert_parameters": expert,
@@ -108,7 +109,7 @@ def inspect_dense(model: str) -> dict[str, Any]:
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         ),
         "vocab_size": int(config.vocab_size),
-        "dtype": str(dtype_of(whole, folder)).removeprefix("torch."),
+        "dtype": dtype_name(dtype_of(whole, folder)),
         "teacher_parameters": total,
         "active_parameters": total,
         "layer_parameters": max(layers),

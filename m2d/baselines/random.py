@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from m2d.artifacts import require_absent
 from m2d.baselines.fresh import fresh_tensor
 from m2d.choose.plan import Plan
-from m2d.devices import pick_dtype
+from m2d.devices import dtype_name, pick_dtype
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.families import Family
 from m2d.models.student import build_student_skeleton, stored_shapes
@@ -60,7 +60,7 @@ def write_baseline(teacher: Teacher, out: Path, kind: str, seed: int, dtype: str
     raw, skeleton = build_student_skeleton(teacher, teacher.top_k * teacher.expert_width)
     assert isinstance(skeleton, PreTrainedModel)
     chosen = pick_dtype(dtype, teacher.dtype)
-    named = str(chosen).removeprefix("torch.")
+    named = dtype_name(chosen)
     raw = {k: v for k, v in raw.items() if k != "torch_dtype"} | {"dtype": named}
     specs: dict[str, Spec] = {n: (chosen, shape) for n, shape in stored_shapes(skeleton).items()}
     make = student_tensors(teacher, skeleton, kind, seed)

@@ -240,7 +240,7 @@ def language_model_loss(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
         labels_C = labels_N[tokens]
         return lambda z_RV, rows: cross_entropy(z_RV, labels_C[rows])
 
-    total = apply_head(hidden_NH, Head(model.lm_head.weight), loss_of_chunk, None)
+    total = apply_head(hidden_NH, Head(model.lm_head.weight), loss_of_chunk)
     return total / (labels_N >= 0).sum()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from m2d.devices import dtype_name
 from m2d.errors import UserError
 from m2d.models.skeleton import decoder_of
 
@@ -105,7 +106,7 @@ def check_head(model: PreTrainedModel, input_ids: Tensor, name: str) -> None:
     ids = input_ids.to(model.device)
     own = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
     if not bool(own.isfinite().all()):
-        kind = str(model.dtype).removeprefix("torch.")
+        kind = dtype_name(model.dtype)
         raise UserError(f"{name}: its logits are not finite in {kind}; do its weights fit in that?")
     hidden = hidden_states(model, ids).flatten(0, 1).to(own.device)
     ours = head_of(model).to(own.device).logits(hidden)

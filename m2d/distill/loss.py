@@ -151,14 +151,7 @@ def partial_forward_kl(z_RV: Tensor, ids_Rn: Tensor, p_Rn: Tensor) -> tuple[Tens
     return loss, gradient.scatter_add_(-1, ids_Rn, q_Rn * (1 - factor_R1) - p_Rn)
 
 
-def stored_loss(
-    student_TH: Tensor,
-    student_head: Head,
-    ids_Tn: Tensor,
-    p_Tn: Tensor,
-    *,
-    chunk: int | None = None,
-) -> Tensor:
+def stored_loss(student_TH: Tensor, student_head: Head, ids_Tn: Tensor, p_Tn: Tensor) -> Tensor:
     """Sum over tokens of `partial_forward_kl` against stored teacher outputs.
 
     Args:
@@ -170,11 +163,14 @@ def stored_loss(
         ids_Cn, p_Cn = ids_Tn[tokens], p_Tn[tokens]
         return lambda z_RV, rows: partial_forward_kl(z_RV, ids_Cn[rows], p_Cn[rows])
 
-    return apply_head(student_TH, student_head, loss_of_chunk, chunk)
+    return apply_head(student_TH, student_head, loss_of_chunk)
 
 
 def apply_head(
-    hidden_TH: Tensor, head: Head, loss_of_chunk: Callable[[slice], LossOfRows], chunk: int | None
+    hidden_TH: Tensor,
+    head: Head,
+    loss_of_chunk: Callable[[slice], LossOfRows],
+    chunk: int | None = None,
 ) -> Tensor:
     """The summed loss of a head's logits, by chunks, in the autocast dtype where there is one."""
     device = hidden_TH.device.type

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from m2d import __version__
 from m2d.artifacts import atomic_path, read_json, sha256_of
+from m2d.devices import dtype_name
 from m2d.distill.recipe import Recipe
 from m2d.models.fingerprint import fingerprint
 from m2d.models.hub import licence_of, revision_of
@@ -94,7 +95,7 @@ def unpacked_config(student: Path, dtype: torch.dtype) -> dict[str, Any]:
     """A student's config.json for weights in `dtype`, which are not quantised any more."""
     raw = read_json(student / "config.json")
     kept = {key: value for key, value in raw.items() if key not in QUANTISATION_KEYS}
-    named = str(dtype).removeprefix("torch.")
+    named = dtype_name(dtype)
     own = raw.get("dtype", raw.get("torch_dtype"))
     return kept if own == named else {**kept, "dtype": named, "torch_dtype": named}
 
@@ -118,7 +119,7 @@ def save_result(
     fresh.tie_weights()
     model = {"architecture": type(fresh).__name__, "parameters": count_parameters(fresh)}
     known = {} if "student" in record.model_fields_set else {"student": model}
-    record = record.having(**known, dtype=str(dtype).removeprefix("torch."))
+    record = record.having(**known, dtype=dtype_name(dtype))
     with atomic_path(out) as folder:
         fresh.save_pretrained(folder)
         # The config stays as it was: in transformers' own spelling other programs misread it.

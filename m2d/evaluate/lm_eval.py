@@ -197,7 +197,7 @@ def _load_task(manager: Any, task: str, shots: int | None) -> list[Any]:
     return [groups[task]] if task in groups else list(loaded["tasks"].values())
 
 
-def _quieten(most: int = 3) -> None:
+def _quieten() -> None:
     """Keep lm-eval to errors, and to the first few of each module's warnings about the model, such
     as of prompts cut to the model's context.
     """
@@ -209,7 +209,7 @@ def _quieten(most: int = 3) -> None:
         logger = logging.getLogger(name)
         logger.setLevel(logging.WARNING)
         logger.filters.clear()
-        logger.addFilter(_first(most))
+        logger.addFilter(_first(3))
 
 
 def _first(most: int) -> Callable[[logging.LogRecord], bool]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from m2d.devices import dtype_name
 from m2d.errors import UserError
 from m2d.models.entries import AnyEntry, Derived, Entry, read_entry
 from m2d.models.quantized import (
@@ -122,7 +123,7 @@ def _scaled(
 
 def _require_floats(folder: Path, name: str, scale: Entry) -> None:
     if not (scale.dtype.is_floating_point and scale.dtype not in FLOAT8):
-        kind = str(scale.dtype).removeprefix("torch.")
+        kind = dtype_name(scale.dtype)
         raise UserError(f"{folder}: {name} is {kind}; m2d reads scales in wider floats")
 
 
@@ -254,7 +255,7 @@ def _require_whole(folder: Path, parts: dict[str, Entry]) -> None:
     for name, part in parts.items():
         index = name.endswith("g_idx") and part.dtype == torch.int64
         if part.dtype != torch.int32 and not index:
-            kind = str(part.dtype).removeprefix("torch.")
+            kind = dtype_name(part.dtype)
             raise UserError(f"{folder}: {name} is {kind}; packed integers are int32")
 
 

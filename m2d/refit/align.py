@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from m2d.artifacts import require_absent, sha256_of
+from m2d.devices import dtype_name
 from m2d.errors import UserError
 from m2d.models.checkpoint import shard_files
 from m2d.models.resume import Arrays, Kept, identity, remove_kept
@@ -209,7 +210,7 @@ def align_student(
         **asdict(settings),
         "sequences": tokens.shape[0],
         "length": tokens.shape[1],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "layers": [asdict(report) for report in found.reports],
         **(record or {}),
     }

@@ -44,7 +44,7 @@ from m2d.refit.fold_choice import (
     candidates_of_shared,
     choose_fold,
 )
-from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
+from m2d.refit.splits import held_out_sequences
 from m2d.statistics.routing import provenance
 from m2d.tokens.calibration import calibration
 
@@ -172,11 +172,11 @@ def as_layer_fold(
     return LayerFold(choice.report, **own, shared=shared)
 
 
-def splits_for(tokens: Tensor, held_out_every: int = HELD_OUT_EVERY) -> Tensor:
+def splits_for(tokens: Tensor) -> Tensor:
     """Which sequences are held out, bool [S]. Raises UserError for fewer than 2."""
     if len(tokens) < 2:
         raise UserError("folding needs at least 2 sequences: some to fit, some to hold out")
-    return held_out_sequences(len(tokens), held_out_every)
+    return held_out_sequences(len(tokens))
 
 
 def collect_folds(
@@ -185,17 +185,16 @@ def collect_folds(
     batch: int,
     mode: str = "fixed",
     alpha: float = 1.0,
-    held_out_every: int = HELD_OUT_EVERY,
     keep: Keeper | None = None,
 ) -> dict[int, LayerFold]:
-    """The fold of every MoE layer, from tokens [S, T]; every n-th sequence is held out.
+    """The fold of every MoE layer, from tokens [S, T]; every eighth sequence is held out.
 
     mode: "fixed" takes `alpha` everywhere, "layer" and "neuron" fit it. Layers that gain nothing on
     the held-out tokens are left as they are. Raises UserError for fewer than 2 sequences.
     """
     family = stream.teacher.family
     require_foldable(stream.teacher)
-    held_out = splits_for(tokens, held_out_every)
+    held_out = splits_for(tokens)
     totals = FoldTotals(held_out, tokens.shape[1], mode, alpha, family.probabilities)
     stream.run(tokens, batch, totals.visit, "folding, layers", keep and keep("fold", totals))
     return totals.folds

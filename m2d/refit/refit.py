@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from m2d.artifacts import require_absent, sha256_of
+from m2d.devices import dtype_name
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, shard_files
 from m2d.models.families import Family
@@ -287,7 +288,7 @@ def refit_record(
         "weighting": weighting,
         "sequences": tokens.shape[0],
         "length": tokens.shape[1],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "layers": [asdict(layer) for layer in found.layers],
     }
 

@@ -19,7 +19,7 @@ from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.plan import Plan, check_keep, make_plan, plan_from_dict
 from m2d.choose.ranking import rankings_from_dict
 from m2d.choose.scaling import SCALINGS
-from m2d.devices import pick_dtype
+from m2d.devices import dtype_name, pick_dtype
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Content, Spec, write_checkpoint
 from m2d.models.entries import AnyEntry, Entry, read_entry
@@ -64,7 +64,7 @@ def write_student(
     raw, skeleton = build_student_skeleton(teacher, plan_width(teacher, plan))
     if dtype is not None:
         raw = {k: v for k, v in raw.items() if k != "torch_dtype"}
-        raw["dtype"] = str(dtype).removeprefix("torch.")
+        raw["dtype"] = dtype_name(dtype)
     check_trunk(teacher, raw)
     checkpoint = Checkpoint(teacher.folder)
     tensors = StudentTensors(
@@ -78,9 +78,9 @@ def write_student(
     specs = tensors.specs(plan)
     carried = carried_tensors(teacher, checkpoint)
     specs |= {name: (entry.dtype, entry.shape) for name, entry in carried.items()}
-    dtype_name = raw.get("dtype", raw.get("torch_dtype"))
+    stored_as = raw.get("dtype", raw.get("torch_dtype"))
     parts = parts_record(teacher, carried, dropped_tensors(teacher, checkpoint))
-    record = describe(teacher, plan, skeleton, dtype_name).having(**parts, **(provenance or {}))
+    record = describe(teacher, plan, skeleton, stored_as).having(**parts, **(provenance or {}))
 
     def content(name: str) -> Content:
         if entry := carried.get(name):
