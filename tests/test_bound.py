@@ -106,6 +106,21 @@ def test_a_mixture_of_two_teachers_of_one_shape_is_refused(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("command", ["refit", "align", "distill"])
+def test_a_student_with_weights_of_another_is_refused(
+    command: str, both_runs: tuple[Run, Run], own_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = both_runs[1]["student"] / "model.safetensors"
+    shutil.copy(theirs, own_run["student"] / "model.safetensors")
+    out = own_run["student"].parent / "out"
+    more = DISTILL if command == "distill" else ()
+    words = (own_run["student"], own_run["teacher"], out, "--tokens", own_run["tokens"], *more)
+    assert run(command, *words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "model.safetensors is not what m2d.json was written with" in error
+    assert not out.exists()
+
+
 def test_logits_of_another_dtype_do_not_mix(
     both_runs: tuple[Run, Run], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,7 +128,7 @@ def test_another_tokenizer_is_refused(models: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"token 40 is .*; the two must share a tokenizer"):
         require_same_tokens(models / "student300", tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(UserError, match="not a tokenizer"):
+    with pytest.raises(UserError, match="not a JSON object"):
         require_same_tokens(models / "student300", tmp_path)
 
 

@@ -19,7 +19,7 @@ from m2d.models.fingerprint import fingerprint
 from m2d.models.hub import licence_of, revision_of
 from m2d.models.schemes import QUANTISATION_KEYS
 from m2d.models.teacher import count_parameters, make_skeleton
-from m2d.students.files import copy_others, write_record
+from m2d.students.files import copy_others, weight_digests, write_record
 from m2d.students.merge import write_into
 from m2d.students.record import StudentRecord, read_record
 from m2d.tokens.files import open_tokens
@@ -34,16 +34,13 @@ def identity(recipe: Recipe, student: Path, teacher: Path, tokens: Path) -> dict
         "recipe": recipe.model_dump(),
         "tokens_sha256": sha256_of(tokens),
         "student_sha256": {
-            file.name: sha256_of(file) for file in [student / "config.json", *weight_files(student)]
+            "config.json": sha256_of(student / "config.json"),
+            **weight_digests(student),
         },
         "teacher_config_sha256": sha256_of(teacher / "config.json"),
         "teacher_fingerprint": fingerprint(teacher),
         "m2d_version": __version__,
     }
-
-
-def weight_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix == ".safetensors")
 
 
 def work_folder(out: Path, run: dict[str, Any]) -> Path:

@@ -187,6 +187,7 @@ def run(args: argparse.Namespace) -> None:
     teacher_fingerprint = fingerprint(teacher_folder)
     if teacher_fingerprint is not None:
         check_model(teacher_folder, teacher_config)
+    check_model(student_folder, student_config)
     if not args.any_teacher:
         skeleton = make_skeleton(teacher_config, teacher_folder)
         require_same_model(student_folder, teacher_folder, skeleton, args.teacher)

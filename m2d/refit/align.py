@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from m2d.artifacts import require_absent, sha256_of
 from m2d.devices import dtype_name
 from m2d.errors import UserError
-from m2d.models.checkpoint import shard_files
 from m2d.models.resume import Arrays, Kept, identity, remove_kept
 from m2d.models.teacher import Teacher, locate, open_teacher
 from m2d.options import above_zero, add_compute_options, positive
@@ -37,6 +36,7 @@ from m2d.refit.halves import (
 from m2d.refit.refit import student_dtype, teacher_half, wide
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
 from m2d.refit.training import OPTIMISERS, AlignSettings, Examples, fit_block
+from m2d.students.files import weight_digests
 from m2d.students.rewrite import rewrite_student
 from m2d.tokens.calibration import calibration
 
@@ -198,7 +198,7 @@ def align_student(
 ) -> Path:
     """`align`, and the folder written. Finished layers are kept beside it until then."""
     require_absent(out)
-    made_from = {f.name: sha256_of(f) for f in shard_files(student_folder)}
+    made_from = weight_digests(student_folder)
     what = identity(teacher.folder, tokens, batch, dtype) | {
         "align": asdict(settings), "student": made_from,
     }  # fmt: skip
@@ -255,7 +255,7 @@ def main(args: argparse.Namespace) -> None:
     record = {
         "upstream_sha256": {
             "calibration": sha256_of(args.tokens),
-            "student": {f.name: sha256_of(f) for f in shard_files(folder)},
+            "student": weight_digests(folder),
         }
     }
     align_student(
