@@ -34,7 +34,7 @@ demo: $(STAMP)
 	@echo "Tables: results/tables/all_demo   Figures: results/figures/all_demo   Report: report.html"
 
 test: $(STAMP)
-	$(IN_VENV) pytest -n 2 --dist loadgroup
+	$(IN_VENV) pytest -n 2
 
 fuzz: $(STAMP)
 	$(IN_VENV) python -m tests.fuzz

@@ -6,12 +6,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from xdist.scheduler import LoadScopeScheduling
 
 from m2d.artifacts import atomic_path
 
@@ -22,6 +24,28 @@ A dense model sends every token through one larger network instead.
 VOCABULARY = 300
 # Fixtures that several files of tests share.
 pytest_plugins = ("bound", "evaluation_data", "workflow_project")
+# Files whose tests share what takes long to make, and so a process of pytest-xdist. Not by its mark
+# `xdist_group`, which pytest 9.2 does not pass on.
+TOGETHER = {
+    "test_workflow.py": "workflow",
+    "test_reruns.py": "workflow",
+    "test_quoting.py": "workflow",
+    "test_pipelines.py": "pipelines",
+    "test_cost_plan.py": "pipelines",
+    "test_report.py": "report",
+}
+
+
+class OneProcessAGroup(LoadScopeScheduling):
+    """The tests of a group in one process, the largest group first; any other test anywhere."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return TOGETHER.get(Path(nodeid.partition("::")[0]).name, nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return OneProcessAGroup(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

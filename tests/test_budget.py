@@ -25,6 +25,7 @@ from m2d.budget import (
 )
 from m2d.cli import main
 from m2d.errors import UserError
+from m2d.models import resume
 from m2d.models.teacher import open_teacher
 from m2d.recipes import RECIPES, Conversion, settled
 from m2d.refit import align
@@ -116,6 +117,7 @@ def test_a_killed_run_goes_on_with_its_choice(
     (kept,) = tmp_path.glob(".out.layers-*/budget.json")
     chosen = json.loads(kept.read_text())
     monkeypatch.setattr(budgets, "measure_speed", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(align, "rewrite_student", Mock(side_effect=KeyboardInterrupt))
         assert main(words) == 130

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from m2d import cli
-from m2d.artifacts import read_json, reading, write_json
+from m2d.artifacts import parsed_json, read_json, reading, write_json
 from m2d.claims import claim, claimed
 from m2d.distill.checkpoints import checkpoints_in, newest_sound, seal
 from m2d.distill.result import other_work
@@ -158,10 +158,10 @@ def test_json_that_hurts_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says) as caught:
             read_json(tmp_path / "a.json")
         assert len(str(caught.value)) < 600
-    (tmp_path / "a.json").write_text("\ufeff[NaN]")
+    (tmp_path / "a.json").write_text('\ufeff{"a": NaN}')
     assert len(read_json(tmp_path / "a.json")) == 1
     with pytest.raises(UserError, match="it holds NaN"):
-        read_json(tmp_path / "a.json", constants=False)
+        parsed_json(tmp_path / "a.json", constants=False)
     os.mkfifo(tmp_path / "b.json")
     with pytest.raises(UserError, match="not a regular file"):
         read_json(tmp_path / "b.json")

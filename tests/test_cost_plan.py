@@ -98,7 +98,6 @@ def test_sums_by_hand(config: dict) -> None:
     assert "distill_student: 5 GB on a GPU is more than gpu_memory_gb = 4" in as_text(plan, config)
 
 
-@pytest.mark.xdist_group("pipelines")
 def test_a_pipeline_of_the_repository(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

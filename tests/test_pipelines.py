@@ -16,8 +16,6 @@ from workflow_project import REPOSITORY
 
 from m2d.pipeline.settings import load_config
 
-pytestmark = pytest.mark.xdist_group("pipelines")
-
 PAPER_TEACHERS = {
     "qwen3-30b-a3b", "qwen3-30b-a3b-base", "deepseek-v2-lite", "gpt-oss-20b", "emo", "stdmoe",
 }  # fmt: skip

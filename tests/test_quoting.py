@@ -12,7 +12,7 @@ import pytest
 from transformers import Qwen3Config
 from workflow_project import CONFIG, make_project, make_stub, snakemake, write_config
 
-pytestmark = [pytest.mark.xdist_group("workflow"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 EVIL = "$(touch ran)teacher `touch ran`; touch ran & 'touch ran' (v2)"
 PIPELINES = ["all_tiny", "all_solved", "all_stored", "all_other"]

@@ -18,7 +18,6 @@ from m2d.report.plot_style import save
 from m2d.report.tables import TABLES, make_tables, write_table
 
 # One report for all tests: keep them in one process under pytest-xdist.
-pytestmark = pytest.mark.xdist_group("report")
 
 CAPTIONS = Path(run.__file__).parents[1] / "workflow" / "report"
 # The rules of the real workflow mark their outputs like this.

@@ -18,8 +18,7 @@ from workflow_project import (
     write_config,
 )
 
-# The runs share one finished project: keep them in one process under pytest-xdist.
-pytestmark = [pytest.mark.xdist_group("workflow"), pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 
 
 def uses_of(student: str) -> list[str]:

@@ -31,7 +31,6 @@ from workflow_project import (
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.xdist_group("slurm"),
     pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(missing_programs()), reason=f"without {missing_programs()}"),
 ]

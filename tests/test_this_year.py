@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import m2d
-from m2d.artifacts import read_json
+from m2d.artifacts import parsed_json
 from m2d.cli import main
 from m2d.models.teacher import open_teacher
 from m2d.statistics.routing import routing_sums
@@ -64,7 +64,7 @@ def test_a_config_with_infinities_stays_json(settings: dict[str, Any], tmp_path:
     out = m2d.convert(teacher, tmp_path / "out", refit="layer", align=1, **settings)
     distil(out, teacher, tmp_path / "distilled")
     for folder in (out, tmp_path / "distilled"):
-        found = read_json(folder / "config.json", constants=False)
+        found = parsed_json(folder / "config.json", constants=False)
         assert {"__float__": "Infinity"} in found["time_step_limit"]
         student = AutoModelForCausalLM.from_pretrained(folder)
         assert list(student.config.time_step_limit) == list(config.time_step_limit)
