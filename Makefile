@@ -65,7 +65,7 @@ test-oldest:
 	$(OLDEST)/bin/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 	    print(*p["project"]["dependencies"], sep="\n")' | sed 's/>=/==/' >$(OLDEST)/oldest.txt
 	$(OLDEST)/bin/pip install -q $(INDEX) -r $(OLDEST)/oldest.txt -e . \
-	    pytest pytest-timeout hypothesis
+	    pytest pytest-timeout pytest-xdist hypothesis
 	$(OLDEST)/bin/python -m pytest $(CORE:%=tests/test_%.py)
 
 # Downloads some GB into build/serving; an hour on two cores. Writes the table of docs/serving.md.
