@@ -194,9 +194,12 @@ def align_student(
     dtype: torch.dtype,
     device: torch.device,
     batch: int,
-    record: dict[str, Any] | None = None,
+    calibration_sha256: str | None = None,
 ) -> Path:
-    """`align`, and the folder written. Finished layers are kept beside it until then."""
+    """`align`, and the folder written. Finished layers are kept beside it until then.
+
+    calibration_sha256: of the token file, where the record is to say what the student came from.
+    """
     require_absent(out)
     made_from = weight_digests(student_folder)
     what = identity(teacher.folder, tokens, batch, dtype) | {
@@ -206,14 +209,15 @@ def align_student(
         teacher, student_folder, tokens, settings, dtype=dtype, device=device, batch=batch,
         keep=lambda found: Kept(out, found, what),
     )  # fmt: skip
-    section = {
+    section: dict[str, Any] = {
         **asdict(settings),
         "sequences": tokens.shape[0],
         "length": tokens.shape[1],
         "dtype": dtype_name(dtype),
         "layers": [asdict(report) for report in found.reports],
-        **(record or {}),
     }
+    if calibration_sha256 is not None:
+        section["upstream_sha256"] = {"calibration": calibration_sha256, "student": made_from}
     written = rewrite_student(student_folder, out, teacher.family, found.layers, align=section)
     remove_kept(out)
     return written
@@ -252,14 +256,8 @@ def main(args: argparse.Namespace) -> None:
     folder = locate(args.student)
     teacher = open_teacher(args.teacher, student=args.student)
     tokens, dtype, device = calibration(args, teacher)
-    record = {
-        "upstream_sha256": {
-            "calibration": sha256_of(args.tokens),
-            "student": weight_digests(folder),
-        }
-    }
     align_student(
-        teacher, folder, args.out, tokens, settings,
-        dtype=dtype, device=device, batch=args.batch, record=record,
+        teacher, folder, args.out, tokens, settings, dtype=dtype, device=device, batch=args.batch,
+        calibration_sha256=sha256_of(args.tokens),
     )  # fmt: skip
     say(f"{args.out}: aligned")
