@@ -2,22 +2,22 @@
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from m2d.artifacts import require_absent, scratch_folder, sha256_of
-from m2d.budget import describe_choice, pace, parse_budget
+from m2d.artifacts import require_absent, scratch_folder
+from m2d.budget import Paced, describe_choice, pace, parse_budget
 from m2d.choose.grouping import GROUPINGS
 from m2d.choose.layer_statistics import LayerStatistics
 from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.plan import Plan, check_keep, make_plan
 from m2d.choose.scaling import SCALINGS
 from m2d.choose.scoring import SCORINGS
-from m2d.devices import compute_dtype, dtype_name, pick_device
+from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.folded import Folds
 from m2d.models.resume import Keeper, Kept, Together, identity, keeper, remove_kept
@@ -27,7 +27,7 @@ from m2d.models.teacher import STUDENT_CLASSES, Teacher, open_teacher, read_conf
 from m2d.models.widths import add_groups_option, add_width_options, chosen_width
 from m2d.options import AUTO, add_compute_options, add_student_options, number, positive
 from m2d.progress import say
-from m2d.recipes import RECIPES, settled
+from m2d.recipes import RECIPES, Conversion, settled
 from m2d.refit.align import AlignSettings, align_student
 from m2d.refit.fold import collect_folds, fold_record, require_foldable
 from m2d.refit.fold_choice import MODES
@@ -38,12 +38,12 @@ from m2d.statistics.gram import GramTotals
 from m2d.statistics.neurons import collect
 from m2d.statistics.routing import RoutingTotals
 from m2d.students.merge import write_student
+from m2d.tokens.calibration import LENGTH, CalibrationSource
 from m2d.tokens.encode import BOS
-from m2d.tokens.files import cut_to, read_tokens
-from m2d.tokens.tokenize import add_text_options, tokens_from
+from m2d.tokens.tokenize import add_text_options
 
 GRANULARITIES = ("experts", "neurons")
-SEQUENCES, LENGTH = 512, 2048
+SEQUENCES = 512
 
 
 def convert(
@@ -129,26 +129,19 @@ def convert(
     started = time.monotonic()
     if sum(source is not None for source in (text, tokens, dataset)) != 1:
         raise UserError("give one of text, tokens, dataset as the calibration data")
-    given = {
-        "granularity": granularity, "choice": choice, "scaling": scaling, "fold": fold,
-        "alpha": alpha, "refit": refit, "weighting": weighting, "align": align,
-    }  # fmt: skip
+    if tokens is not None and (column is not None or bos != BOS[0]):
+        raise UserError("--column and --bos go with --text and --dataset")
     limit = parse_budget(budget) if budget else None
     if limit and (sequences is not None or align is not None):
         raise UserError("--budget chooses --sequences and --align; give one or the other")
     if limit:
         recipe = recipe or "best"
+    given = {
+        "granularity": granularity, "choice": choice, "scaling": scaling, "fold": fold,
+        "alpha": alpha, "refit": refit, "weighting": weighting, "align": align,
+    }  # fmt: skip
     how = settled(recipe, given)
-    for kind, value, known in (
-        ("refit", how.refit or VARIANTS[0], VARIANTS),
-        ("weighting", how.weighting, WEIGHTINGS),
-        ("fold", how.fold or MODES[0], MODES),
-        ("granularity", how.granularity, GRANULARITIES),
-        ("choice", how.choice, CHOICES),
-        ("student class", student_class, STUDENT_CLASSES),
-    ):
-        if value not in known:
-            raise UserError(f"unknown {kind} {value!r}; known: {', '.join(known)}")
+    check_words(how, student_class)
     methods = {
         "scoring": SCORINGS.resolve(scoring),
         "grouping": GROUPINGS.resolve(grouping),
@@ -159,55 +152,30 @@ def convert(
     check_size(opened, how.granularity, keep, groups, width, params, multiple)
     chosen_device = pick_device(device)
     computed_in = compute_dtype(dtype, opened.dtype, chosen_device)
-
-    vocabulary = opened.config.get_text_config().vocab_size
-    if tokens is not None and (column is not None or bos != BOS[0]):
-        raise UserError("--column and --bos go with --text and --dataset")
-
-    def calibration(count: int | None) -> Tensor:
-        """So many sequences; None: all."""
-        if tokens is not None:
-            return cut_to(read_tokens(tokens, vocabulary), count, length)
-        return tokens_from(
-            opened.folder, text, dataset, length or LENGTH, count,
-            column=column, bos=bos, vocab_size=vocabulary,
-        )  # fmt: skip
-
+    source = CalibrationSource(opened, text, tokens, dataset, length, column, bos)
+    neurons = None
+    if how.granularity == "neurons":
+        neurons = chosen_width(opened, width, params, multiple)
     paced = None
     if limit:
-        at_most = calibration_at_most(calibration)
-        path = opened.top_k * opened.expert_width
-        if how.granularity == "neurons":
-            path = chosen_width(opened, width, params, multiple)
         paced = pace(
-            limit, how, opened, at_most(2 * batch), path, out,
+            limit, how, opened, source.at_most(2 * batch),
+            neurons or opened.top_k * opened.expert_width, out,
             batch=batch, dtype=computed_in, device=chosen_device, started=started,
         )  # fmt: skip
-        input_ids = at_most(paced.chosen.sequences)
+        input_ids = source.at_most(paced.chosen.sequences)
         how = replace(how, align=paced.chosen.steps)
         say(describe_choice(budget or "", paced, input_ids))
     else:
-        input_ids = calibration(sequences or (SEQUENCES if tokens is None else None))
-    source = str(dataset)
-    if tokens is not None or text:
-        source = ", ".join(Path(file).name for file in ([tokens] if tokens else text or []))
-    if how.refit or how.align:
-        block_path(opened.family)  # before any pass, whether the family has one
-    if how.fold:
-        require_foldable(opened)
-    if (how.refit or how.fold or how.align) and len(input_ids) < 2:
-        raise UserError(
-            "fold, refit and align need at least 2 sequences: some to fit, some to hold out"
-        )
-    stream = StreamedTeacher(opened, computed_in, chosen_device)
-    what = identity(opened.folder, input_ids, batch, computed_in, fold=how.fold, alpha=how.alpha)
+        input_ids = source.read(sequences or (SEQUENCES if tokens is None else None))
+    check_repairable(opened, how, input_ids)
 
-    keep_pass = keeper(out, what)
+    what = identity(opened.folder, input_ids, batch, computed_in, fold=how.fold, alpha=how.alpha)
+    stream, keep_pass = StreamedTeacher(opened, computed_in, chosen_device), keeper(out, what)
     folds = None
     if how.fold:
         folds = collect_folds(stream, input_ids, batch, how.fold, how.alpha, keep=keep_pass)
-    if how.granularity == "neurons":
-        neurons = chosen_width(opened, width, params, multiple)
+    if neurons:
         greedy = neurons if how.choice == "greedy" else None
         layers = collect(stream, input_ids, batch, greedy, folds=folds, keep=keep_pass)
         plan = neuron_plan(layers, neurons, how.choice)
@@ -218,50 +186,72 @@ def convert(
         plan = plan_of_experts(
             stream, input_ids, batch, keep, folds, keep_pass, **methods, groups=groups
         )
-    about = {"source": source, "sequences": input_ids.shape[0], "length": input_ids.shape[1]}
-    if tokens is not None:
-        about["sha256"] = sha256_of(tokens)
-    about["compute_dtype"] = dtype_name(computed_in)
-    record: dict[str, Any] = {"calibration": about}
+    record: dict[str, Any] = {"calibration": source.record(input_ids, computed_in)}
     if recipe:
         record["recipe"] = recipe
     if how.fold and folds is not None:
         record["fold"] = fold_record(how.fold, input_ids, folds)
-    if not how.refit and not how.align:
-        written = write_student(opened, plan, out, None, record, folds)
-        remove_kept(out)
-        return written
-    # What lies between is kept where the result will be, on the same disk.
     options: dict[str, Any] = {"dtype": computed_in, "device": chosen_device, "batch": batch}
+    write_repaired(opened, plan, out, record, folds, input_ids, how, paced, what, options)
+    remove_kept(out)
+    return Path(out)
+
+
+def write_repaired(
+    teacher: Teacher, plan: Plan, out: str | Path, record: dict[str, Any], folds: Folds | None,
+    input_ids: Tensor, how: Conversion, paced: Paced | None, what: dict[str, Any],
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write the student of a plan, refitted and aligned as `how` says, to the new folder `out`.
+
+    paced: chooses the steps of alignment anew, by the time that is left. what: all that the
+    teacher's passes depended on (m2d.models.resume.identity). options: dtype, device, batch.
+    """
+    if not how.refit and not how.align:
+        write_student(teacher, plan, out, None, record, folds)
+        return
+    # What lies between is kept where the result will be, on the same disk.
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(out) as folder:
-        last = write_student(opened, plan, Path(folder) / "merged", None, record, folds)
+        last = write_student(teacher, plan, Path(folder) / "merged", None, record, folds)
         if how.refit:
-            about_student = {"plan": plan.digest(), "refit": how.refit, "weighting": how.weighting}
+            of_student = {"plan": plan.digest(), "refit": how.refit, "weighting": how.weighting}
             found = refit_student(
-                opened, last, input_ids, how.refit, weighting=how.weighting, **options,
-                keep=lambda found: Kept(out, found, {**what, **about_student}),
+                teacher, last, input_ids, how.refit, weighting=how.weighting, **options,
+                keep=lambda found: Kept(out, found, {**what, **of_student}),
             )  # fmt: skip
-            about_refit = refit_record(how.refit, input_ids, found, computed_in, how.weighting)
+            about = refit_record(how.refit, input_ids, found, options["dtype"], how.weighting)
             target = Path(folder) / "refitted" if how.align else out
-            last = write_refitted(last, target, opened.family, found, about_refit)
+            last = write_refitted(last, target, teacher.family, found, about)
         if how.align:
             settings = AlignSettings(paced.steps(input_ids.numel()) if paced else how.align)
-            last = align_student(opened, last, out, input_ids, settings, **options)
-    remove_kept(out)
-    return last
+            align_student(teacher, last, out, input_ids, settings, **options)
 
 
-def calibration_at_most(calibration: Callable[[int | None], Tensor]) -> Callable[[int], Tensor]:
-    """The same, which gives fewer sequences where the text or file has no more."""
+def check_words(how: Conversion, student_class: str) -> None:
+    """Raises UserError where a word of the options is none that is known."""
+    for kind, value, known in (
+        ("refit", how.refit or VARIANTS[0], VARIANTS),
+        ("weighting", how.weighting, WEIGHTINGS),
+        ("fold", how.fold or MODES[0], MODES),
+        ("granularity", how.granularity, GRANULARITIES),
+        ("choice", how.choice, CHOICES),
+        ("student class", student_class, STUDENT_CLASSES),
+    ):
+        if value not in known:
+            raise UserError(f"unknown {kind} {value!r}; known: {', '.join(known)}")
 
-    def at_most(count: int) -> Tensor:
-        try:
-            return calibration(count)
-        except UserError:
-            return calibration(None)[:count]
 
-    return at_most
+def check_repairable(teacher: Teacher, how: Conversion, input_ids: Tensor) -> None:
+    """Raises UserError where fold, refit and alignment cannot be had of this teacher and tokens."""
+    if how.refit or how.align:
+        block_path(teacher.family)
+    if how.fold:
+        require_foldable(teacher)
+    if (how.refit or how.fold or how.align) and len(input_ids) < 2:
+        raise UserError(
+            "fold, refit and align need at least 2 sequences: some to fit, some to hold out"
+        )
 
 
 def check_size(
