@@ -61,13 +61,13 @@ def values_per_token(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, int]:
     """Layer -> how many values of keys and values a token has there."""
     found: dict[int, int] = {}
     for name, shape in shapes.items():
-        match = re.search(r"\blayers\.(\d+)\.(.*)\.(\w+)\.weight$", name)
+        match = re.search(r"\b(?:layers|blocks)\.(\d+)\.(.*)\.(\w+)\.weight$", name)
         if match is None or OTHER_PARTS.search(name):
             continue
         part = match[3]
         if part in ("k_proj", "v_proj", "kv_a_proj_with_mqa"):
             values = shape[0]
-        elif part in ("qkv_proj", "query_key_value"):
+        elif part in ("qkv_proj", "query_key_value", "Wqkv"):
             path = name.removesuffix(f"{part}.weight")
             outputs = [shapes.get(f"{path}{output}.weight") for output in OUTPUTS]
             # The output projection reads as many values as the queries are wide.

@@ -79,11 +79,6 @@ def test_a_text_config_where_the_class_has_none_is_one_line(tmp_path: Path, caps
     ("model_type", "config"),
     [
         (
-            "dbrx",
-            {"d_model": 32, "n_heads": 4, "n_layers": 1,
-             "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
-        ),
-        (
             "doge",
             {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
              "is_moe": True, "num_experts": 16},

@@ -23,7 +23,7 @@ from m2d.artifacts import atomic_path, require_absent
 from m2d.errors import UserError
 from m2d.models.load import load_model
 from m2d.models.routers import probe
-from m2d.models.skeleton import experts_modules, has_module, layers_of, make_skeleton
+from m2d.models.skeleton import experts_modules, has_module, layers_of, make_skeleton, stack_of
 from m2d.models.student_config import set_key
 from m2d.models.teacher import dtype_of, read_config
 from m2d.students.files import copy_others
@@ -114,12 +114,12 @@ def _more_experts(
 ) -> dict[str, Any]:
     """Config keys of the same class with so many experts instead of one."""
     layer = min(found)
-    down: Any = layers_of(model)[layer].get_submodule(found[layer])
-    if down.down_proj.shape[0] != 1:
-        raise UserError(
-            f"it has {down.down_proj.shape[0]} experts in a layer; a student with one is cut"
-        )
-    width = down.down_proj.shape[1 if down.is_transposed else 2]
+    stack = stack_of(layers_of(model)[layer].get_submodule(found[layer]))
+    if stack.count != 1:
+        raise UserError(f"it has {stack.count} experts in a layer; a student with one is cut")
+    if stack.rows:
+        raise UserError("its class keeps all experts in one matrix, which m2d does not cut")
+    width = stack.width
     if width % (experts * MULTIPLE):
         raise UserError(
             f"--experts {experts}: the FFN is {width} wide, which is no multiple of "

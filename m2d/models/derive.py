@@ -20,9 +20,9 @@ from m2d.models.sibling import with_student
 from m2d.models.skeleton import (
     experts_modules,
     head_path,
-    is_stack,
     layers_of,
     layers_path,
+    stack_of,
 )
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -43,7 +43,6 @@ REFUSED = {
     "longcat_flash": "has experts that pass their input on unchanged, which no FFN does",
     "inkling2": "mixes the outputs of several layers between layers",
     "ernie4_5_vl_moe": "routes text and images to experts of different widths in one layer",
-    "dbrx": "keeps the rows of all experts of a layer in one matrix",
     "doge": "has no experts that are FFNs: each is one neuron, found by a product of keys",
     "jetmoe": "has experts in its attention too, which no dense layer replaces",
 }
@@ -85,17 +84,16 @@ def describe(
         raise UserError(
             f"{unsupported} has experts with more than projections, or with a norm of their own"
         )
-    gated, transposed = is_stack(experts)
+    stack = stack_of(experts)
     block_path, _, name = path.rpartition(".")
     block = layer.get_submodule(block_path) if block_path else layer
-    count, width = experts.down_proj.shape[0], experts.down_proj.shape[1 if transposed else 2]
-    router = _router(block, name, count)
+    router = _router(block, name, stack.count)
     if router is None:
         raise UserError(f"{unsupported} has a router without one row of weights per expert")
     keys = {
-        "num_experts": _key(text, EXPERT_COUNTS, r"experts$", count),
+        "num_experts": _key(text, EXPERT_COUNTS, r"experts$", stack.count),
         "top_k": _key(text, TOP_KS, r"^(?!index|.*group).*(top_?k|per_tok)", None),
-        "expert_width": _key(text, WIDTHS, r"intermediate|ffn", width),
+        "expert_width": _key(text, WIDTHS, r"intermediate|ffn", stack.width),
     }
     missing = [key for key, value in keys.items() if value is None]
     if missing:
@@ -113,12 +111,13 @@ def describe(
         router=f"{block_path}.{router}".removeprefix("."),
         probabilities=kind,
         router_float32=float32,
-        gated=gated,
+        gated=stack.gated,
         biases=bool(getattr(experts, "has_bias", False)),
         scales_input=scales_input,
         names=names,
-        transposed=transposed,
+        transposed=stack.transposed,
         interleaved=not getattr(experts, "is_concatenated", True),
+        rows=stack.rows,
         student_class=student_class,
         layers=layers_path(skeleton),
         head=head_path(skeleton),
@@ -146,7 +145,10 @@ def _router(block: nn.Module, experts: str, count: int) -> str | None:
 def _key(
     config: PretrainedConfig, names: tuple[str, ...], pattern: str, value: int | None
 ) -> str | None:
-    """The first config key of those names, or else like the pattern, with that value if given."""
+    """The first config key of those names, or else like the pattern, with that value if given.
+
+    Keys of the config itself come before those of configs in it, which have a dot.
+    """
 
     def fits(name: str) -> bool:
         try:
@@ -163,7 +165,16 @@ def _key(
         for name in config.to_dict()
         if re.search(pattern, name) and not NOT_WIDTHS.search(name)
     )
-    return next((name for name in (*names, *others) if fits(name)), None)
+    own = next((name for name in (*names, *others) if fits(name)), None)
+    if own is not None:
+        return own
+    inner = {name: getattr(config, name, None) for name in config.sub_configs}
+    found = {
+        name: _key(sub, names, pattern, value)
+        for name, sub in inner.items()
+        if isinstance(sub, PretrainedConfig) and not NOT_WIDTHS.search(name)
+    }
+    return next((f"{name}.{key}" for name, key in found.items() if key is not None), None)
 
 
 def _scales_input(experts: nn.Module) -> bool:

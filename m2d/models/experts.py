@@ -38,15 +38,22 @@ GLU: dict[str, Callable[[Any], Glu]] = {"glu": glu}
 def stock_glu(experts: Any, family: Family) -> Glu:
     """What a stock module of experts does between its projections; of [..., I] without a gate."""
     if not family.gated:
-        return cast(Glu, experts.act_fn)
+        return activation_of(experts)
     apply = getattr(experts, "_apply_gate", None)
     if apply is None:
-        return lambda gate_up: _act(experts.act_fn, gate_up)
+        return lambda gate_up: _act(activation_of(experts), gate_up)
     if not family.interleaved:
         return cast(Glu, apply)
     return lambda gate_up: cast(
         Tensor, apply(torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2))
     )
+
+
+def activation_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The activation of a stock module of experts, or of the module in it that computes one."""
+    names = ("act_fn", "activation_fn")
+    found = (getattr(module, name, None) for module in experts.modules() for name in names)
+    return cast(Callable[[Tensor], Tensor], next(filter(None, found)))
 
 
 def _act(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
@@ -177,8 +184,9 @@ class StackedExperts(nn.Module):
         return [part[: self.num_experts].flatten(1) for part in parts if part is not None]
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Routed output y [N, H] of hidden [N, H] under the routing [N, k]."""
-        k = top_k_index.shape[1]
+        """Routed output y of hidden, both [N, H] or [B, T, H], under the routing [N, k]."""
+        given, k = hidden.shape, top_k_index.shape[1]
+        hidden = hidden.reshape(-1, given[-1])
         # Tokens are gathered by expert, so that each expert is one matrix product.
         flat = top_k_index.reshape(-1)
         order = torch.argsort(flat, stable=True)
@@ -210,7 +218,7 @@ class StackedExperts(nn.Module):
                 top_k_weights[:, routed],
                 norms.view(-1, k)[:, routed],
             )
-        return output
+        return output.view(given)
 
 
 def whole_tiles(tokens: Tensor, hidden: Tensor) -> Tensor:

@@ -9,6 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# A parameter that holds projections of all experts of a layer -> which, one after the other.
+FUSED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+    "mlp.w1": ("gate_proj",),
+    "mlp.v1": ("up_proj",),
+    "mlp.w2": ("down_proj",),
+}
+# Those in which the experts are not an axis of their own: [E * I, H], a row for each neuron.
+ROWS = ("mlp.w1", "mlp.v1", "mlp.w2")
+
 
 @dataclass(frozen=True)
 class Of:
@@ -24,7 +37,7 @@ class Family:
     Module paths are relative to a decoder layer. Tensor names are canonical ones: those of the
     stock model's modules, except that every expert has its own `.gate_proj.weight` and so on (and
     `.bias`) below `{experts}.{expert}`, however the file keeps them. Config keys are attributes
-    of the transformers config, of a composite model's text config.
+    of the transformers config, of a composite model's text config; dots lead into configs in it.
     """
 
     model_type: str
@@ -66,6 +79,8 @@ class Family:
     """Whether fused expert tensors are [E, in, out] rather than [E, out, in]."""
     interleaved: bool = False
     """Whether fused gate_up rows alternate, gate, up, gate, up, rather than all gate first."""
+    rows: bool = False
+    """Whether the experts of a layer are the matrices ROWS."""
 
     # What else is in a MoE block. Shared experts are appended to a dense student's FFN.
     shared: str | None = None
@@ -113,6 +128,10 @@ class Family:
     def projections(self) -> tuple[str, ...]:
         """An expert's projections."""
         return ("gate_proj", "up_proj", "down_proj") if self.gated else ("up_proj", "down_proj")
+
+    def turns(self, projection: str) -> bool:
+        """Whether an expert's part of a fused projection is [in, out]."""
+        return projection == "down_proj" if self.rows else self.transposed
 
     def _expert(self, part: str) -> str:
         return f"{self.layers}.{{layer}}.{self.experts}.{{expert}}.{part}"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from m2d.errors import UserError
 from m2d.models.entries import AnyEntry, Derived, Entry
-from m2d.models.families import Family
+from m2d.models.families import FUSED, ROWS, Family
 from m2d.models.names import Names
 from m2d.models.quantized import MXFP4_BLOCK, MXFP4_SUFFIXES, dequantize_mxfp4
 from m2d.models.quantized_entries import plain_entries
@@ -113,11 +113,10 @@ def _split_experts(
     size: int | None,
 ) -> bool:
     """Replace fused expert tensors by one entry per expert and projection."""
-    path = re.escape(f"{family.layers}.") + r"\d+" + re.escape(f".{family.experts}")
-    tensor = (
-        r"(?P<kind>gate_up_proj|gate_proj|up_proj|down_proj)(?P<bias>_bias)?(?P<blocks>_blocks)?"
-    )
-    pattern = re.compile(rf"(?P<path>{path})\.{tensor}")
+    layer, experts = re.escape(f"{family.layers}.") + r"\d+", re.escape(f".{family.experts}")
+    kinds = "|".join(map(re.escape, FUSED))
+    tensor = rf"(?P<kind>{kinds})(?P<bias>_bias)?(?P<blocks>_blocks)?"
+    pattern = re.compile(rf"(?P<path>(?P<layer>{layer}){experts})\.{tensor}")
     found = [match for name in entries if (match := pattern.fullmatch(name))]
     for match in found:
         name, kind = match.group(), match["kind"]
@@ -132,12 +131,17 @@ def _split_experts(
             if 2 * entry.shape[-1] != MXFP4_BLOCK:
                 raise UserError(f"{folder}: {name} has blocks of {2 * entry.shape[-1]}, not 32")
             names[whole] = names.pop(name).removesuffix(MXFP4_SUFFIXES[0])
-        projections = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
-        turned = family.transposed or _is_turned(family, kind, entry, size)
-        for index in range(entry.shape[0]):
+        projections = FUSED[kind]
+        turned = family.turns(projections[-1]) or _is_turned(family, kind, entry, size)
+        if kind in ROWS:
+            router = entries.get(f"{match['layer']}.{family.router}.weight")
+            items = _rows(folder, name, entry, router)
+        else:
+            items = [_item(entry, index) for index in range(entry.shape[0])]
+        for index, item in enumerate(items):
             for position, projection in enumerate(projections):
                 entries[f"{match['path']}.{index}.{projection}.{part}"] = _cut(
-                    _item(entry, index),
+                    item,
                     None if scales is None else _item(scales, index),
                     turned,
                     family.interleaved,
@@ -152,6 +156,18 @@ def _is_turned(family: Family, kind: str, entry: AnyEntry, size: int | None) -> 
     if size is None or family.names is None or not family.names.transposes_experts:
         return False
     return len(entry.shape) == 3 and entry.shape[1 if kind == "down_proj" else 2] != size
+
+
+def _rows(folder: Path, name: str, entry: AnyEntry, router: AnyEntry | None) -> list[AnyEntry]:
+    """Each expert's rows of one matrix for all. The router has a row for each expert."""
+    count = 0 if router is None else router.shape[0]
+    if not isinstance(entry, Entry) or not count or entry.shape[0] % count:
+        raise UserError(
+            f"{folder}: {name} is {list(entry.shape)}, which are not the rows of {count} experts, "
+            "or it is quantised"
+        )
+    width = entry.shape[0] // count
+    return [entry.rows(index * width, (index + 1) * width) for index in range(count)]
 
 
 def _item(entry: AnyEntry, index: int) -> AnyEntry:

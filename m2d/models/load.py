@@ -142,7 +142,7 @@ def _join(checkpoint: Checkpoint, fused: Fused, dtype: torch.dtype) -> Tensor:
     whole = torch.empty(fused.shape, dtype=dtype)
     for expert in range(fused.shape[0]):
         whole[expert] = fused.join([checkpoint.read(name) for name in fused.names(expert)])
-    return whole
+    return whole.flatten(0, 1) if fused.rows else whole
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

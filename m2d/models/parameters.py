@@ -7,7 +7,7 @@ check reads headers alone, so it costs nothing: it stands before every use of we
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,13 @@ from transformers import PreTrainedModel
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.entries import AnyEntry, Entry, blocks
-from m2d.models.skeleton import are_experts, in_text, is_stack, layers_path
+from m2d.models.families import FUSED
+from m2d.models.skeleton import above, are_experts, in_text, layers_path, own_parameter, stack_of
 
 # Of old checkpoints: buffers that every version of their classes computes itself.
 COMPUTED = re.compile(r".*\.(rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias)")
 # Heads that predict more than the next token.
 MTP = re.compile(r"(?:^|\.)mtp(?:\.|_)")
-PARTS = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "up_proj": ("up_proj",),
-    "down_proj": ("down_proj",),
-}
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,13 @@ class Fused:
     path: str
     """Of the experts' module."""
     shape: tuple[int, ...]
+    """[E, ...], also of one whose experts are no axis of their own."""
     parts: tuple[str, ...]
     """The canonical projections in it, such as gate_proj.weight and up_proj.weight."""
     transposed: bool
     """Whether its weights are [E, in, out]."""
+    rows: bool
+    """Whether the parameter is [E * I, H]."""
     interleaved: bool
     """Whether gate and up alternate rather than follow one another."""
 
@@ -102,10 +101,10 @@ def wanted_of(model: PreTrainedModel, text_only: bool = False) -> Wanted:
     fused: dict[str, Fused] = {}
     for path, module in model.named_modules():
         if are_experts(module):
-            for name, parameter in module.named_parameters(recurse=False):
-                stem = name.removesuffix("_bias")
-                if stem in PARTS:
-                    fused[f"{path}.{name}"] = _fused(path, name, module, tuple(parameter.shape))
+            for stem in FUSED:
+                for name in (stem, f"{stem}_bias"):
+                    if own_parameter(module, name) is not None:
+                        fused[f"{path}.{name}"] = _fused(path, name, module)
     state = {
         name: t for name, t in model.state_dict().items() if name not in fused and of_text(name)
     }
@@ -121,12 +120,16 @@ def wanted_of(model: PreTrainedModel, text_only: bool = False) -> Wanted:
     )
 
 
-def _fused(path: str, name: str, module: Any, shape: tuple[int, ...]) -> Fused:
+def _fused(path: str, name: str, module: nn.Module) -> Fused:
+    projections, stack = FUSED[name.removesuffix("_bias")], stack_of(module)
     kind = "bias" if name.endswith("_bias") else "weight"
-    parts = tuple(f"{part}.{kind}" for part in PARTS[name.removesuffix("_bias")])
-    _, transposed = is_stack(module)
+    parts = tuple(f"{part}.{kind}" for part in projections)
+    shape: tuple[int, ...] = tuple(cast(Tensor, own_parameter(module, name)).shape)
+    transposed = stack.transposed
+    if stack.rows:
+        shape, transposed = (stack.count, stack.width, stack.size), projections == ("down_proj",)
     interleaved = not getattr(module, "is_concatenated", True)
-    return Fused(f"{path}.{name}", path, shape, parts, transposed, interleaved)
+    return Fused(f"{path}.{name}", path, shape, parts, transposed, stack.rows, interleaved)
 
 
 def check_tensors(checkpoint: Checkpoint, wanted: Wanted) -> None:
@@ -193,7 +196,7 @@ def _check_one(
 def _unused(name: str, wanted: Wanted, checkpoint: Checkpoint) -> bool:
     if COMPUTED.fullmatch(name) or any(re.search(part, name) for part in wanted.unused):
         return True
-    if wanted.text_only and not name.startswith(wanted.layers.removesuffix("layers")):
+    if wanted.text_only and not name.startswith(above(wanted.layers)):
         return True
     if MTP.search(name):
         return True

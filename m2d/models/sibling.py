@@ -7,6 +7,7 @@ what its FFN computes is compared on random numbers, so that nothing is lost uns
 import copy
 import re
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from m2d.errors import UserError
 from m2d.models.families import SIBLINGS, TEXT_SIBLINGS, Family, Of
 from m2d.models.routers import probe
 from m2d.models.skeleton import (
+    above,
     experts_modules,
     head_path,
     layers_of,
     layers_path,
+    stack_of,
     text_key,
 )
 from m2d.models.student_config import holds_any_text, number, student_raw, student_skeleton
@@ -126,11 +129,21 @@ def _several_experts(family: Family, config: PretrainedConfig) -> Iterator[Field
 def _with_experts(family: Family, config: PretrainedConfig, count: int) -> Iterator[Fields]:
     text = config.get_text_config()
     groups = {key: 1 for key in GROUPS if isinstance(getattr(text, key, None), int)}
+    noise = {key: 0.0 for key in keys_of(text) if "jitter" in key and attrgetter(key)(text)}
     yield {
         "student_experts": count,
         "width_key": family.expert_width,
-        "student_config": {family.num_experts: count, family.top_k: count} | groups,
+        "student_config": {family.num_experts: count, family.top_k: count} | groups | noise,
     }
+
+
+def keys_of(config: PretrainedConfig) -> list[str]:
+    """A config's keys, and those of configs in it after a dot."""
+    inner = {name: getattr(config, name, None) for name in config.sub_configs}
+    found = [key for key in config.to_dict() if key not in inner]
+    for name, sub in inner.items():
+        found += [f"{name}.{key}" for key in sub.to_dict()] if sub is not None else []
+    return found
 
 
 def _checked(
@@ -172,7 +185,7 @@ def _rest_is_the_same(family: Family, teacher: PreTrainedModel, student: PreTrai
     )
 
     def rest(model: PreTrainedModel, layers: str, head: str) -> dict[str, tuple[int, ...]]:
-        decoder = layers.removesuffix("layers")
+        decoder = above(layers)
         kept = {}
         for name, tensor in model.state_dict().items():
             if name.startswith(layers + "."):
@@ -214,8 +227,8 @@ def _weights_of_each(
     theirs, block = layers_of(teacher)[layer], layers_of(student)[layer]
     if block_path:
         theirs, block = theirs.get_submodule(block_path), block.get_submodule(block_path)
-    shape = tuple(block.get_submodule(name).get_parameter("down_proj").shape)
-    if shape[0] != family.student_experts or shape[1 if family.transposed else 2] != width:
+    stack = stack_of(block.get_submodule(name))
+    if (stack.count, stack.width) != (family.student_experts, width):
         return None
     if not _same_but_for_experts(theirs, block, name, router):
         return None  # shared experts would grow as well

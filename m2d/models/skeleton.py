@@ -1,7 +1,8 @@
 """The stock model class of a config, with every parameter on the meta device."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,12 @@ from transformers import (
 )
 
 from m2d.errors import UserError
+from m2d.models.families import ROWS
 
 # Tensors of more elements than this are never allocated, not even for a moment.
 LARGEST_REAL_TENSOR = 2**24
+# What decoders call the list of their layers.
+LISTS = ("layers", "blocks")
 
 
 class _LargeOnMeta(TorchFunctionMode):
@@ -81,7 +85,7 @@ def text_key(config: PretrainedConfig) -> str | None:
 def decoder_path(model: PreTrainedModel) -> str:
     """Module path of the text decoder: what has the embeddings, the layers and the last norm."""
     decoder = model.get_decoder()
-    if not hasattr(decoder, "layers"):
+    if not any(hasattr(decoder, name) for name in LISTS):
         decoder = getattr(decoder, "model", decoder)  # Llama 4's language model has its own head
     for path, module in model.named_modules():
         if module is decoder:
@@ -102,12 +106,24 @@ def head_path(model: PreTrainedModel) -> str:
 
 def layers_path(model: PreTrainedModel) -> str:
     """Module path of the decoder layers."""
-    return f"{decoder_path(model)}.layers"
+    decoder = decoder_of(model)
+    own = next((name for name in LISTS if hasattr(decoder, name)), LISTS[0])
+    return f"{decoder_path(model)}.{own}"
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers."""
-    return cast(nn.ModuleList, decoder_of(model).layers)
+    return cast(nn.ModuleList, model.get_submodule(layers_path(model)))
+
+
+def replace_layers(model: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
+    """Put other modules where the decoder layers stood."""
+    model.set_submodule(layers_path(model), nn.ModuleList(layers))
+
+
+def above(layers: str) -> str:
+    """What the names of all else in the decoder begin with, of the module path of its layers."""
+    return layers.rpartition(".")[0] + "."
 
 
 def text_paths(model: PreTrainedModel) -> tuple[str, ...]:
@@ -144,7 +160,9 @@ def experts_modules(model: PreTrainedModel) -> dict[int, str]:
 
     Raises UserError where a layer has several.
     """
-    layers = getattr(decoder_of(model), "layers", None)
+    if not has_module(model, layers_path(model)):
+        return {}
+    layers = layers_of(model)
     if not isinstance(layers, nn.ModuleList):
         return {}
     found: dict[int, str] = {}
@@ -157,23 +175,54 @@ def experts_modules(model: PreTrainedModel) -> dict[int, str]:
     return found
 
 
+@dataclass(frozen=True)
+class Stack:
+    """How a module keeps all experts of a layer."""
+
+    count: int
+    width: int
+    """I, the intermediate size of one."""
+    size: int
+    """H of the experts."""
+    gated: bool
+    transposed: bool
+    """Whether they are [E, in, out]."""
+    rows: bool
+    """Whether they are the matrices ROWS."""
+
+
 def are_experts(module: nn.Module) -> bool:
     """Whether a module holds all experts of a layer: stacked up and down projections."""
-    own = dict(module.named_parameters(recurse=False))
-    up = own.get("gate_up_proj", own.get("up_proj"))
-    down = own.get("down_proj")
+    if all(getattr(own_parameter(module, name), "ndim", 0) == 2 for name in ROWS):
+        return True
+    gate_up = own_parameter(module, "gate_up_proj")
+    up = own_parameter(module, "up_proj") if gate_up is None else gate_up
+    down = own_parameter(module, "down_proj")
     return up is not None and down is not None and up.dim() == down.dim() == 3
 
 
-def is_stack(experts: nn.Module) -> tuple[bool, bool]:
-    """Whether stacked experts have gates, and whether they are [E, in, out]."""
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A module's parameter, or one of its child's if the name has a dot."""
+    path, _, last = name.rpartition(".")
+    owner = module._modules.get(path) if path else module
+    return None if owner is None else owner._parameters.get(last)
+
+
+def stack_of(experts: nn.Module) -> Stack:
+    """How a module that `are_experts` keeps them."""
+    down = own_parameter(experts, ROWS[-1])
+    if down is not None:
+        count = int(cast(Any, experts).num_experts)
+        return Stack(count, down.shape[0] // count, down.shape[1], True, False, True)
     gated = hasattr(experts, "gate_up_proj")
     up, down = (
         experts.get_parameter(n) for n in ("gate_up_proj" if gated else "up_proj", "down_proj")
     )
     own = getattr(experts, "is_transposed", None)
     width = down.shape[2] * (2 if gated else 1)
-    return gated, up.shape[1] != width if own is None else bool(own)
+    transposed = up.shape[1] != width if own is None else bool(own)
+    width, size = down.shape[1:] if transposed else down.shape[:0:-1]
+    return Stack(down.shape[0], width, size, gated, transposed, False)
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -30,11 +30,11 @@ from m2d.models.hidden import IN_MEMORY_BYTES, HiddenStates
 from m2d.models.resume import Kept, Totals
 from m2d.models.routers import routed_rows
 from m2d.models.skeleton import (
-    decoder_of,
     in_text,
     kept_in_float32,
     layers_path,
     move_text,
+    replace_layers,
     text_paths,
 )
 from m2d.models.teacher import Teacher, layers_of
@@ -62,7 +62,7 @@ class StreamedTeacher:
         path = layers_path(self.model)
         self.prefixes = [f"{path}.{i}." for i in range(len(self.layers))]
         self.taps = [Tap(layer) for layer in self.layers]
-        decoder_of(self.model).layers = nn.ModuleList(self.taps)
+        replace_layers(self.model, self.taps)
         glus = {i: _glu_of(teacher, self.layers[i]) for i in teacher.moe_layers}
         self.glus: dict[int, str | Glu] = glus
         self.in_float32 = kept_in_float32(self.model, dtype)

@@ -1,6 +1,7 @@
 """The student's config.json, from the teacher's and what its family says of the student."""
 
 import copy
+from operator import attrgetter
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -15,8 +16,8 @@ NOT_COMPARED = {"architectures", "model_type", "dtype", "torch_dtype", "transfor
 
 
 def number(config: PretrainedConfig, key: str) -> int:
-    """A whole number in a config, or the one that a list of them repeats."""
-    value = getattr(config, key)
+    """A whole number in a config, or the one that a list repeats; dots lead into configs."""
+    value = attrgetter(key)(config)
     if isinstance(value, list | tuple):
         if len(set(value)) != 1:
             raise UserError(f"{key} differs between layers ({value}); m2d needs one number")
@@ -125,7 +126,15 @@ def _unlike_defaults(
 
 
 def set_key(raw: dict[str, Any], kind: type[PretrainedConfig], key: str, value: Any) -> None:
-    """Set a config key under the name that `raw` has for it; config classes have synonyms."""
+    """Set a config key under the name that `raw` has for it; config classes have synonyms.
+
+    Dots in the key lead into configs of their own.
+    """
+    outer, _, inner = key.partition(".")
+    if inner:
+        raw[outer] = dict(raw.get(outer) or {})
+        set_key(raw[outer], kind.sub_configs[outer], inner, value)
+        return
     synonyms = dict(getattr(kind, "attribute_map", {}))
     real = synonyms.get(key, key)
     names = [key, *(n for n in (real, *synonyms) if n != key and synonyms.get(n, n) == real)]

@@ -26,6 +26,7 @@ from m2d.models.skeleton import (
     has_module,
     layers_of,
     make_skeleton,
+    stack_of,
     text_key,
 )
 from m2d.models.student_config import number
@@ -110,8 +111,7 @@ class Teacher:
     def expert_size(self) -> int:
         """H of the experts: the hidden size, but where they work in a smaller space."""
         experts = layers_of(self.skeleton)[self.moe_layers[0]].get_submodule(self.family.experts)
-        shape = experts.get_parameter("down_proj").shape
-        return int(shape[2 if self.family.transposed else 1])
+        return stack_of(experts).size
 
     @property
     def dense_width(self) -> int:
@@ -151,6 +151,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
         register_emo()
     if raw["model_type"] not in CONFIG_MAPPING:
         raise UserError(f"{file}: model_type {raw['model_type']!r} is not known to transformers")
+    raw = _with_theta(file, raw)
     read_scheme(folder, raw)  # refuses a quantisation that is not known
     _check_counts(folder, raw)
     # How the weights are packed is for m2d.models.layouts, not for the model.
@@ -167,15 +168,43 @@ def read_config(folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
     return raw, config
 
 
+def _with_theta(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the base of its rotation where transformers looks for it, at the top.
+
+    DBRX's published one has it in attn_config alone, and transformers would take 10000 for it.
+    Raises UserError where both have one and they differ.
+    """
+    inner = raw.get("attn_config")
+    theta = inner.get("rope_theta") if isinstance(inner, dict) else None
+    if theta is None or not hasattr(CONFIG_MAPPING[raw["model_type"]], "rope_parameters"):
+        return raw
+    own = raw.get("rope_parameters")
+    top = (own if isinstance(own, dict) else {}).get("rope_theta", raw.get("rope_theta"))
+    if top is None:
+        return {**raw, "rope_theta": theta}
+    if top != theta:
+        raise UserError(
+            f"{file}: rope_theta is {theta} in attn_config but {top} in rope_parameters, by which "
+            "transformers rotates; make them the same"
+        )
+    return raw
+
+
 def _check_counts(folder: Path, raw: dict[str, Any]) -> None:
     """Raise a UserError for counts that no model has, or more layers than the folder's tensors."""
     file = folder / "config.json"
+    synonyms = getattr(CONFIG_MAPPING[raw["model_type"]], "attribute_map", {})
     for key, most in MOST.items():
-        for value in (raw.get(key), text_part(raw).get(key)):
+        own = synonyms.get(key, key)
+        for name, value in (
+            (key, raw.get(key)),
+            (own, raw.get(own)),
+            (key, text_part(raw).get(key)),
+        ):
             if isinstance(value, int) and value > most:
-                raise UserError(f"{file}: {key} is {value}; no model has more than {most}")
+                raise UserError(f"{file}: {name} is {value}; no model has more than {most}")
             if key in AT_LEAST_1 and isinstance(value, int) and value < 1:
-                raise UserError(f"{file}: {key} is {value}; every model has at least 1")
+                raise UserError(f"{file}: {name} is {value}; every model has at least 1")
     layers = text_part(raw).get("num_hidden_layers")
     if not isinstance(layers, int) or not has_weights(folder):
         return

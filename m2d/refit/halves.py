@@ -197,12 +197,12 @@ class _ExpertStub(nn.Module):
         self.weight: Tensor | None = None
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        count = self.experts.num_experts
+        count, flat = self.experts.num_experts, hidden.reshape(-1, hidden.shape[-1])
         if count == 1:
-            self.inner, self.weight = self.experts.inner(0, hidden), top_k_weights
+            self.inner, self.weight = self.experts.inner(0, flat), top_k_weights
             return torch.zeros_like(hidden)
         weights = torch.zeros_like(top_k_weights).scatter(1, top_k_index, top_k_weights)
-        inner = [self.experts.inner(e, hidden) for e in range(count)]
+        inner = [self.experts.inner(e, flat) for e in range(count)]
         self.inner = torch.cat([h * weights[:, [e]].to(h) for e, h in enumerate(inner)], dim=1)
         self.weight = None
         return torch.zeros_like(hidden)

@@ -13,7 +13,7 @@ from torch import Tensor
 from m2d.artifacts import atomic_path, require_absent
 from m2d.models.checkpoint import Checkpoint, shard_files, write_checkpoint
 from m2d.models.entries import read_entry, read_header
-from m2d.models.families import Family
+from m2d.models.families import FUSED, ROWS, Family
 from m2d.models.load import beside_text
 from m2d.models.teacher import read_config
 from m2d.students.files import copy_others, write_record
@@ -33,9 +33,14 @@ def on_disk(
 ) -> dict[str, Tensor]:
     """The tensors by their names on disk, [out, in] or [out]; fused ones put together."""
     count = family.student_experts
-    if count and checkpoint.fused:
-        stem = f"{family.student_layers or family.layers}.{layer}.{family.experts}"
-        named = {}
+    stem = f"{family.student_layers or family.layers}.{layer}.{family.experts}"
+    named: dict[str, Tensor] = {}
+    if count and family.rows:
+        for kind in ROWS:
+            (part,) = FUSED[kind]
+            if (value := parts.get(f"{part}.weight")) is not None:
+                named[f"{stem}.{kind}"] = value.T if family.turns(part) else value
+    elif count and checkpoint.fused:
         for kind in ("weight", "bias"):
             suffix = "_bias" if kind == "bias" else ""
             if f"down_proj.{kind}" in parts:
@@ -55,7 +60,6 @@ def on_disk(
                     else torch.cat(halves, dim=axis)
                 )
     elif count > 1:
-        named = {}
         for part, tensor in parts.items():
             axis = 1 if part == "down_proj.weight" else 0
             for expert, own in enumerate(tensor.chunk(count, dim=axis)):

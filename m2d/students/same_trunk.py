@@ -25,10 +25,10 @@ from m2d.models.checkpoint import Checkpoint, require_finite
 from m2d.models.families import Family
 from m2d.models.skeleton import (
     are_experts,
-    decoder_of,
     layers_of,
     layers_path,
     make_skeleton,
+    replace_layers,
     text_paths,
 )
 from m2d.models.stream import drop_weights
@@ -124,7 +124,7 @@ class _Trunk:
         self.prefix = f"{layers_path(self.model)}."
         taps = [Tap(layer) for layer in self.layers]
         self.taps = taps
-        decoder_of(self.model).layers = nn.ModuleList(taps)
+        replace_layers(self.model, taps)
         self.tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
         # Embedding and head are the largest weights: one of them at a time is in memory.
         self.embedding = self._names(self.model.get_input_embeddings()) - self.tied

@@ -17,8 +17,9 @@ from m2d.choose.plan import LayerPlan, Plan
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, Spec
 from m2d.models.entries import Entry
-from m2d.models.families import Family, dense_pattern
+from m2d.models.families import FUSED, Family, dense_pattern
 from m2d.models.folded import Folds
+from m2d.models.skeleton import above
 from m2d.models.student import made_buffers, stored_shapes
 from m2d.students.average import merge_down, merge_down_bias, merge_gate_or_up
 
@@ -34,8 +35,7 @@ def pad_to(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def source_name(family: Family, name: str) -> str:
     """Canonical name, in the teacher, of a parameter of the student outside its FFNs."""
-    ours = (family.student_layers or family.layers).removesuffix("layers")
-    theirs = family.layers.removesuffix("layers")
+    ours, theirs = above(family.student_layers or family.layers), above(family.layers)
     for own, other in (
         (ours, theirs),
         (f"{family.student_head or family.head}.", f"{family.head}."),
@@ -117,16 +117,16 @@ class StudentTensors:
             part, _ = name.rsplit(".", 2)[1:]
             return [(name, _Output(source, shape, _layer_of(name, self.layers), part))]
         path = re.escape(f"{self.layers}.") + r"\d+" + re.escape(f".{family.experts}.")
-        match = re.fullmatch(
-            f"(?P<path>{path})(?P<part>gate_up_proj|up_proj|down_proj)(?P<bias>_bias)?", name
-        )
+        kinds = "|".join(map(re.escape, FUSED))
+        match = re.fullmatch(f"(?P<path>{path})(?P<part>{kinds})(?P<bias>_bias)?", name)
         if match is None:
             return [(name, _Output(source, shape))]
         layer = _layer_of(name, self.layers)
         bias = ".bias" if match["bias"] else ""
-        if not split or self.checkpoint.fused:
-            return [(name, _Output(source, shape, layer, match["part"] + bias))]
-        halves = ("gate_proj", "up_proj") if match["part"] == "gate_up_proj" else (match["part"],)
+        halves = FUSED[match["part"]]
+        if not split or self.checkpoint.fused or family.rows:
+            part = halves[0] if len(halves) == 1 else match["part"]
+            return [(name, _Output(source, shape, layer, part + bias))]
         own = shape[1:]
         if family.transposed and not bias:
             own = own[::-1]
@@ -235,15 +235,15 @@ class StudentTensors:
             return self._projection(layer, output.part)
         bias = "." + output.part.partition(".")[2] if "." in output.part else ""
         part = output.part.removesuffix(bias) if bias else output.part
-        halves = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
-        slices = [self._slices(layer, half, bias, output) for half in halves]
+        slices = [self._slices(layer, half, bias, output) for half in FUSED[part]]
         if output.expert is not None:
             return slices[0][output.expert].contiguous()
         if len(slices) == 2 and family.interleaved:
             both = torch.stack(slices, dim=2).flatten(1, 2)
         else:
             both = torch.cat(slices, dim=1)
-        return both.mT.contiguous() if family.transposed and both.dim() == 3 else both
+        both = both.mT.contiguous() if family.turns(part) and both.dim() == 3 else both
+        return both.flatten(0, 1) if family.rows else both
 
     def _slices(self, layer: LayerPlan, half: str, bias: str, output: _Output) -> Tensor:
         """A projection cut into the student's experts: [n, w, H], down [n, H, w]; biases [n, any].
@@ -271,6 +271,8 @@ class StudentTensors:
     def _width_of_each(self, output: _Output) -> int:
         """Intermediate size of one of the student's experts."""
         family = self.family
+        if family.rows:
+            return output.shape[0] // family.student_experts
         part, _, bias = output.part.partition(".")
         shape = list(output.shape if output.expert is not None else output.shape[1:])
         if output.expert is None and family.transposed and len(shape) == 2:
