@@ -60,8 +60,7 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 def halves_of(model: SteppedModel, layer: nn.Module, index: int, block: nn.Module) -> list[Halves]:
     """Every batch between the halves of a layer."""
-    calls = (model.call(index, i) for i in range(len(model.hidden)))
-    return [run_halves(layer, block, h, c) for h, c in zip(model.hidden, calls, strict=True)]
+    return [run_halves(model, layer, block, index, i) for i in range(len(model.hidden))]
 
 
 @torch.no_grad()

@@ -12,9 +12,11 @@ from conftest import make_teacher, write_tokens
 import m2d
 from m2d.cli import main
 from m2d.models import resume, stream
+from m2d.models.calls import Calls
 from m2d.models.hidden import HiddenStates
 from m2d.models.stream import StreamedTeacher
 from m2d.refit.halves import SteppedModel
+from m2d.refit.refit import Fitting
 
 LAYERS = 4
 TOKENS = torch.randint(0, 300, (5, 12), generator=torch.Generator().manual_seed(3))
@@ -204,6 +206,37 @@ def test_a_refit_goes_on_at_the_last_finished_layer(
     loaded.clear()
     assert main([str(word) for word in words]) == 0
     assert loaded == [index for index in range(layer, LAYERS) for _ in ("teacher", "student")]
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "stage", [["refit", "--variant", "layer"], ["refit"], ["align", "--steps", "3"]]
+)
+def test_where_layers_hand_on_more_only_the_fitting_is_not_repeated(
+    stage: list[str], place: Path, tmp_path: Path, loaded: list[int], monkeypatch: Any
+) -> None:
+    """Such as an index of tokens that later layers attend to, which is not kept."""
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(Calls, "between_layers", True)
+    tokens = place / "tokens.safetensors"
+    student = m2d.convert(place / "teacher", tmp_path / "student", tokens=tokens)
+    words = [student, place / "teacher", "--tokens", tokens, "--batch", "2", *stage[1:]]
+    assert main([stage[0], *map(str, [*words[:2], tmp_path / "whole", *words[2:]])]) == 0
+    killed = [stage[0], *words[:2], tmp_path / "killed", *words[2:]]
+    killed_while_refitting(monkeypatch, 2, killed)
+    fitted: list[int] = []
+    solve = Fitting.solve
+
+    def noted(self: Fitting, index: int, *others: Any) -> Any:
+        fitted.append(index)
+        return solve(self, index, *others)
+
+    monkeypatch.setattr(Fitting, "solve", noted)
+    loaded.clear()
+    assert main([str(word) for word in killed]) == 0
+    assert len(fitted) == 2
+    assert loaded == [index for index in range(LAYERS) for _ in ("teacher", "student")]
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     assert not list(tmp_path.glob(".*"))
 

@@ -117,16 +117,16 @@ class HiddenStates(Sequence[Tensor]):
 
 
 class SeveralStates:
-    """The hidden states of several models that are run side by side, kept together."""
+    """The hidden states of several models that are run side by side, kept together; or of none."""
 
-    def __init__(self, folder: Path, states: Sequence[HiddenStates]):
+    def __init__(self, folder: Path = Path(), states: Sequence[HiddenStates] = ()):
         self.states = states
         for number, one in enumerate(states):
             one.keep_in(folder, f"hidden-{number}")
 
     def keep(self) -> int:
         """Keep them all; gives their files' one number."""
-        return max(one.keep() for one in self.states)
+        return max((one.keep() for one in self.states), default=0)
 
     def restore(self, file: int) -> None:
         """Go on from what files of a number have kept."""

@@ -27,15 +27,15 @@ from m2d.options import above_zero, add_compute_options, positive
 from m2d.progress import say
 from m2d.refit.halves import (
     SteppedModel,
-    block_path,
     kept_layers,
     open_student,
     residual_multiplier,
     run_halves,
+    student_block_path,
 )
 from m2d.refit.refit import student_dtype, teacher_half, wide
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
-from m2d.refit.training import OPTIMISERS, AlignSettings, Examples, fit_block
+from m2d.refit.training import OPTIMISERS, AlignSettings, Examples, fit_block, load_parts
 from m2d.students.files import weight_digests
 from m2d.students.rewrite import rewrite_student
 from m2d.tokens.calibration import calibration
@@ -119,13 +119,17 @@ def align(
     streams = [source, target]
     for index in kept_layers(keep and keep(found), source, streams, "align, layers"):
         theirs, ours = source.load(index), target.load(index)
-        if index in teacher.moe_layers:
+        known = found.layers.get(index)  # of an earlier run
+        if index in teacher.moe_layers and known is None:
             found.layers[index], report = align_layer(
                 source, theirs, target, ours, index, held_out, settings, disk, not found.reports
             )
             found.reports.append(report)
             say(describe(report))
         else:
+            if known is not None:
+                block = ours.get_submodule(student_block_path(teacher.family))
+                load_parts(block, teacher.family, known)
             with torch.no_grad():
                 source.advance(theirs, index)
                 target.advance(ours, index)
@@ -147,14 +151,13 @@ def align_layer(
 ) -> tuple[dict[str, Tensor], AlignReport]:
     """The layer's new tensors, as `disk` rounds them; both models' streams then have passed it."""
     family = source.teacher.family
-    path = block_path(family) if family.student_experts else family.dense
-    block = ours.get_submodule(path)
+    block = ours.get_submodule(student_block_path(family))
     factor = residual_multiplier(ours)
     residuals, inputs, wanted, weights = [], [], [], []
     with torch.no_grad():
         for i in range(len(source.hidden)):
             teacher_half(source, theirs, index, i, check)
-            halves = run_halves(ours, block, target.hidden[i], target.call(index, i))
+            halves = run_halves(target, ours, block, index, i)
             residuals.append(halves.residual)
             inputs.append(halves.block_input)
             wanted.append((wide(source.hidden[i]) - wide(halves.residual)).to(source.dtype))

@@ -83,8 +83,13 @@ class Halves:
     """FFN(norm(r)), routed and shared experts together."""
 
 
-def run_halves(layer: nn.Module, block: nn.Module, hidden: Tensor, call: dict[str, Any]) -> Halves:
-    """Run a layer on hidden [B, T, H], with its FFN's output kept out of the residual stream."""
+def run_halves(
+    model: "SteppedModel", layer: nn.Module, block: nn.Module, index: int, i: int
+) -> Halves:
+    """Run layer `index` on batch i with its FFN's output kept out of the residual stream.
+
+    The batch's hidden states stay as they are; what the layer hands on beside them is noted.
+    """
     caught: list[tuple[Tensor, Tensor]] = []
 
     def keep_out(module: nn.Module, args: Any, output: Any) -> Any:
@@ -95,7 +100,7 @@ def run_halves(layer: nn.Module, block: nn.Module, hidden: Tensor, call: dict[st
 
     handle = block.register_forward_hook(keep_out)
     try:
-        residual = _first(layer(hidden, **call))
+        residual = model.calls.run(layer, index, i, model.hidden[i])
     finally:
         handle.remove()
     ((block_input, block_output),) = caught
@@ -157,21 +162,23 @@ def kept_layers(
 ) -> Iterator[int]:
     """The layers in turn, from where `kept` goes on; what the streams leave in each is kept.
 
-    What layers hand on beside hidden states is not: then all are run again.
+    What layers hand on beside hidden states is not: where they do, all layers come in turn, and the
+    caller runs those of which `kept.totals` has a result without finding it anew.
     """
-    states, start, total = None, 0, len(source.layers)
-    if kept is not None and not any(stream.calls.between_layers for stream in streams):
+    start, total = 0, len(source.layers)
+    states = SeveralStates()
+    if kept is not None:
         kept.open(source.teacher.moe_layers)
-        states = SeveralStates(kept.folder, [stream.hidden for stream in streams])
-        start = kept.finished
+        if not any(stream.calls.between_layers for stream in streams):
+            states = SeveralStates(kept.folder, [stream.hidden for stream in streams])
+            start = kept.finished
         if start:
             states.restore(kept.file)
     for index in progress(range(start, total), title, total):
         yield index
-        if kept is not None and states is not None:
+        if kept is not None and index >= kept.finished:
             kept.done(index, states, index == total - 1)
-    if states is not None:
-        states.close()
+    states.close()
 
 
 class _DenseStub(nn.Module):
@@ -272,6 +279,11 @@ class StudentFeedForward:
         bias = None if self.bias is None else self.bias.to(inner.dtype)
         out = functional.linear(inner, self.weight.to(inner.dtype), bias)
         return base + (out if weight is None else out * weight.to(out.dtype)).view_as(base)
+
+
+def student_block_path(family: Family) -> str:
+    """Module path of the same in a student: of its dense FFN, or of the block of its experts."""
+    return block_path(family) if family.student_experts else family.dense
 
 
 def block_path(family: Family) -> str:

@@ -132,12 +132,14 @@ def refit(
         ours = target.load(index) if converted or variant == "sequential" else None
         if converted:
             assert ours is not None
+            known = found.rows.get(index)  # of an earlier run
             found.rows[index], report = refit_layer(
                 source, theirs, target, ours, index, held_out, disk,
                 sequential=variant == "sequential", relative=weighting == "relative",
-                ridges=ridges, check=not found.layers,
+                ridges=ridges, check=not found.layers, known=known,
             )  # fmt: skip
-            found.layers.append(report)
+            if report is not None:
+                found.layers.append(report)
         else:
             source.advance(theirs, index)
             if ours is not None:
@@ -161,28 +163,33 @@ def refit_layer(
     relative: bool,
     ridges: Sequence[float],
     check: bool,
-) -> tuple[Tensor, LayerReport]:
-    """The layer's rows, as `disk` rounds them; the streams then have passed it."""
+    known: Tensor | None = None,
+) -> tuple[Tensor, LayerReport | None]:
+    """The layer's rows, as `disk` rounds them; the streams then have passed it.
+
+    known: rows that were found before; then there is no report.
+    """
     feed_forward = StudentFeedForward(ours, source.teacher.family)
-    fitting = Fitting(feed_forward, held_out)
+    fitting = Fitting(feed_forward, held_out) if known is None else None
     caught: list[Halves] = []
     for i in range(len(source.hidden)):
         expected = teacher_half(source, theirs, index, i, check)
         root = token_weights(source.hidden[i]).sqrt() if relative else None
         if sequential:
-            call = target.call(index, i)
-            halves = run_halves(ours, feed_forward.block, target.hidden[i], call)
+            halves = run_halves(target, ours, feed_forward.block, index, i)
             # r_T + m y_T is where the teacher's stream goes on; m times what the FFN puts out,
             # and r_S, must add up to it.
             drift = wide(expected.residual) - wide(halves.residual)
             wanted = wide(expected.block_output) + drift / residual_multiplier(ours)
-            fitting.add(i, wanted - wide(halves.block_output), root)
+            if fitting is not None:
+                fitting.add(i, wanted - wide(halves.block_output), root)
             halves.block_output = halves.block_output[:0]
             caught.append(halves)
-        else:
+        elif fitting is not None:
             base = feed_forward.base(expected.block_input)
             fitting.add(i, wide(expected.block_output) - wide(base), root)
-    rows, report = fitting.solve(index, ridges, disk)
+    rows, report = (known, None) if fitting is None else fitting.solve(index, ridges, disk)
+    assert rows is not None
     feed_forward.replace(rows, disk)
     for i, halves in enumerate(caught):
         out = feed_forward.output(halves.block_input)
@@ -193,8 +200,8 @@ def refit_layer(
 def teacher_half(source: SteppedModel, layer: nn.Module, index: int, i: int, check: bool) -> Halves:
     """Halves of the teacher's layer on batch i, whose hidden states then have passed the layer."""
     block = layer.get_submodule(block_path(source.teacher.family))
-    call = source.call(index, i)
-    halves = run_halves(layer, block, source.hidden[i], call)
+    call = source.call(index, i)  # before the layer hands on to the next one
+    halves = run_halves(source, layer, block, index, i)
     if check and i == 0:
         check_halves(layer, halves, source.hidden[i], call, source.teacher.name)
     source.hidden[i] = halves.residual + residual_multiplier(layer) * halves.block_output

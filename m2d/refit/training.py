@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from m2d.errors import UserError
 from m2d.models.experts import StackedExperts
 from m2d.models.families import Family
-from m2d.refit.halves import StudentFeedForward, block_path
+from m2d.refit.halves import StudentFeedForward, student_block_path
 from m2d.refit.muon import Muon
 from m2d.refit.refit import Fitting, down_parts, wide
 from m2d.refit.ridge import RIDGES
@@ -212,7 +212,7 @@ def refitted_down(
     # StudentFeedForward changes the layer that it is given, so it gets one of its own around the
     # block.
     layer = inner = nn.Module()
-    *above, last = (block_path(family) if family.student_experts else family.dense).split(".")
+    *above, last = student_block_path(family).split(".")
     for name in above:
         inner.add_module(name, nn.Module())
         inner = inner.get_submodule(name)
