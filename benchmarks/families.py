@@ -72,6 +72,8 @@ def row_of(model_type: str, work: Path) -> dict[str, str]:
         row["student"], row["error"] = family.student_architecture, f"{error:.0e}"
         count = family.student_experts
         row["how"] = f"{count} expert{'s' * (count > 1)}, always taken" if count else "dense"
+        if family.left_out:
+            row["how"] += f"; {family.left_out}"
         if family.approximated:
             m2d.convert(work / "teacher", work / "same", student_class="same", **options)
             same = error_of(model, work / "same", ids)

@@ -90,7 +90,7 @@ OWN: dict[str, dict[str, Any]] = {
     "dots3_note": {"num_key_value_heads": 4,
                    "@vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
                    "@audio_config": {"adapter_out_dim": 32, "adapter_input_size": 32}},
-    "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 16], "head_dim": 16,
+    "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 8], "head_dim": 16,
                         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                             "mrope_section": [3, 3, 2]}},
     "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,

@@ -7,7 +7,7 @@ from typing import Any
 from m2d.devices import dtype_name
 from m2d.errors import UserError
 from m2d.footprint import as_lines, footprint, size
-from m2d.models.skeleton import text_key
+from m2d.models.skeleton import reached_by_text, text_key
 from m2d.models.student import build_student_skeleton, stored_shapes, student_width
 from m2d.models.teacher import (
     Teacher,
@@ -44,6 +44,7 @@ def inspect(
     total = count_parameters(teacher.skeleton)
     expert = parameters_of_expert(teacher)
     idle = (teacher.num_experts - teacher.top_k) * expert * len(teacher.moe_layers)
+    idle += total - count_parameters(reached_by_text(teacher.skeleton))
     keeps = paper_keeps(teacher.top_k, teacher.num_experts)
     path = teacher.top_k * teacher.expert_width
     first, student = student_row(teacher, path, keeps[0])
@@ -71,6 +72,7 @@ def inspect(
         "trunk_parameters": trunk,
         "student_architecture": teacher.family.student_architecture,
         "approximated": teacher.family.approximated,
+        "left_out": teacher.family.left_out,
         "student_parameters": students[0]["parameters"],
         "students": students,
         "footprint": footprint(
@@ -158,7 +160,8 @@ def as_text(facts: dict[str, Any]) -> str:
         f"top-{facts['top_k']}" + shared_text(facts["shared_width"]),
         f"teacher parameters   {facts['teacher_parameters']:,}",
         f"student              {facts['student_architecture']}"
-        + (f" (approximated: {facts['approximated']})" if facts["approximated"] else ""),
+        + (f" (approximated: {facts['approximated']})" if facts["approximated"] else "")
+        + (f" ({facts['left_out']})" if facts["left_out"] else ""),
         "     K  groups  intermediate size   parameters",
         *(
             f"  {row['keep'] or '-':>4}  {row['groups'] or '-':>6}  {row['intermediate_size']:17d}"
@@ -220,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
         if asked:
             width = chosen_width(teacher, args.width, args.params, args.multiple)
         facts = inspect(teacher, args.sequences, args.length, width)
-        if text_key(teacher.skeleton.config) is not None and not args.text_only:
+        if text_key(teacher.skeleton.config) is not None and not teacher.family.text_only:
             facts["text_student"] = text_student(args.teacher)
     else:
         facts = inspect_dense(args.teacher)

@@ -30,7 +30,7 @@ KINDS = ("random_ffn", "random_init")
 
 def feed_forward(family: Family) -> re.Pattern[str]:
     """Matches the names of a student's parameters below its FFNs, but for a router."""
-    block = family.experts.rpartition(".")[0] if family.student_experts else family.dense
+    block = family.block if family.student_experts else family.dense
     layer = re.escape(f"{family.student_layers or family.layers}.") + r"\d+\."
     router = re.escape(f"{family.router}.") if family.student_experts else "(?!)"
     return re.compile(f"{layer}(?!{router}){re.escape(block)}\\..+")

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from m2d.errors import UserError
-from m2d.models.families import DESCRIBED, FAMILIES, Family
+from m2d.models.families import DESCRIBED, FAMILIES, IMAGE_EXPERTS, Family
 from m2d.models.names import names_of
 from m2d.models.routers import kind_of_probabilities, probe, router_logits
 from m2d.models.sibling import with_student
@@ -22,6 +22,7 @@ from m2d.models.skeleton import (
     head_path,
     layers_of,
     layers_path,
+    reached_by_text,
     stack_of,
 )
 
@@ -42,7 +43,6 @@ REFUSED = {
     "diffusion_gemma": "generates by denoising blocks of text, not token by token",
     "longcat_flash": "has experts that pass their input on unchanged, which no FFN does",
     "inkling2": "mixes the outputs of several layers between layers",
-    "ernie4_5_vl_moe": "routes text and images to experts of different widths in one layer",
     "doge": "has no experts that are FFNs: each is one neuron, found by a product of keys",
     "jetmoe": "has experts in its attention too, which no dense layer replaces",
 }
@@ -58,7 +58,8 @@ def describe(
     """The family of a model, also kept in DESCRIBED.
 
     student_class: "sibling" for a dense student wherever one is known, "same" for the teacher's own
-    class with experts that are always taken. text_only: of a composite model, its text model alone.
+    class with experts that are always taken. text_only: of a composite model, its text model alone,
+    as it always is where images have experts of their own.
     Raises UserError with what is missing.
     """
     unsupported = f"{where}: model_type {config.model_type!r}"
@@ -66,7 +67,9 @@ def describe(
         raise UserError(f"{unsupported} {REFUSED[config.model_type]}; m2d does not convert it yet")
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type]
-    text = config.get_text_config()
+    text, names = config.get_text_config(), names_of(skeleton)
+    own_block = IMAGE_EXPERTS.get(config.model_type, (None,))[0]
+    skeleton = reached_by_text(skeleton)
     found = experts_modules(skeleton)
     if not found:
         raise UserError(
@@ -85,7 +88,8 @@ def describe(
             f"{unsupported} has experts with more than projections, or with a norm of their own"
         )
     stack = stack_of(experts)
-    block_path, _, name = path.rpartition(".")
+    block_path = path.rpartition(".")[0] if own_block is None else own_block
+    name = path.removeprefix(f"{block_path}.")
     block = layer.get_submodule(block_path) if block_path else layer
     router = _router(block, name, stack.count)
     if router is None:
@@ -98,7 +102,6 @@ def describe(
     missing = [key for key, value in keys.items() if value is None]
     if missing:
         raise UserError(f"{unsupported}: no config key is recognised as {', '.join(missing)}")
-    names = names_of(skeleton)
     scales_input = _scales_input(experts)
     kind, float32 = ("sigmoid", False) if scales_input else _routing(block, name, router, text)
     family = Family(
@@ -108,6 +111,7 @@ def describe(
         student_architecture=type(skeleton).__name__,
         **keys,  # type: ignore[arg-type]
         experts=path,
+        own_block=own_block,
         router=f"{block_path}.{router}".removeprefix("."),
         probabilities=kind,
         router_float32=float32,
@@ -122,6 +126,7 @@ def describe(
         layers=layers_path(skeleton),
         head=head_path(skeleton),
     )
+    text_only = text_only or family.left_out is not None
     family = with_student(family, config, skeleton, first, student_class, text_only, unsupported)
     DESCRIBED[config.model_type] = family
     return family
@@ -155,8 +160,9 @@ def _key(
             found = getattr(config, name, None)
         except Exception:
             return False  # differs between layers, and the config class says so
-        if isinstance(found, list | tuple) and found and len(set(found)) == 1:
-            found = found[0]  # the same in every layer
+        if isinstance(found, list | tuple) and found:
+            # The same in every layer, or one for each kind of experts.
+            found = found[0] if len(set(found)) == 1 or value == found[0] else None
         known = isinstance(found, int) and not isinstance(found, bool)
         return known and value in (None, found)
 

@@ -54,6 +54,8 @@ class Family:
     """Config key: intermediate size of one expert, I."""
     experts: str = "mlp.experts"
     """Module path of the experts."""
+    own_block: str | None = None
+    """Module path of the MoE block, where it is not that which `experts` is in: see `block`."""
     router: str = "mlp.gate"
     """Module path of the router; its weight is [E, H], and it may have a bias [E]."""
     probabilities: str = "softmax"
@@ -123,6 +125,20 @@ class Family:
         if self.shared_gate and not self.student_experts:
             return "the shared expert's gate, which depends on the token, is a constant"
         return None
+
+    @property
+    def left_out(self) -> str | None:
+        """Why the student is of the text model alone, where the family has no other."""
+        if self.model_type in IMAGE_EXPERTS:
+            return "of the text model alone: images have experts of their own"
+        return None
+
+    @property
+    def block(self) -> str:
+        """Module path of the MoE block, with router, experts and shared experts in it; empty where
+        a layer's experts stand by themselves."""
+        own = self.experts.rpartition(".")[0]
+        return own if self.own_block is None else self.own_block
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -205,7 +221,11 @@ SIBLINGS = {
     "qwen3_vl_moe": "qwen3_vl",
 }
 # Of a composite teacher's text model, where transformers has no dense class for it alone.
-TEXT_SIBLINGS = {"qwen3_vl_moe": "qwen3"}
+TEXT_SIBLINGS = {"ernie4_5_vl_moe": "ernie4_5", "qwen3_vl_moe": "qwen3"}
+
+# model_type -> (module path of a layer's MoE block, the name in it of what images alone reach).
+# What images have for experts no text measures, so the students are text models.
+IMAGE_EXPERTS = {"ernie4_5_vl_moe": ("mlp", "vision_moe")}
 
 # Families that m2d.models.derive described in this process, by model_type.
 DESCRIBED: dict[str, Family] = {}

@@ -7,7 +7,7 @@ read. Nothing here reads a tensor.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,10 @@ def _float_dtype(config: dict[str, Any]) -> torch.dtype:
 def _renamed(
     entries: Mapping[str, AnyEntry], family: Family | None, own: Names | None
 ) -> tuple[dict[str, str], dict[str, AnyEntry]]:
-    """Canonical name -> name on disk, and -> entry; parts of one tensor are joined."""
+    """Canonical name -> name on disk, and -> entry.
+
+    Parts of one tensor are joined, several in one are cut, and what lies transposed is turned.
+    """
     table: Names | None = family.names if family else own
     if table is None:
         patterns = [(re.compile(old), new) for old, new in family.renames] if family else []
@@ -86,7 +89,11 @@ def _renamed(
     parts: dict[tuple[str, int], list[tuple[tuple[int, int], str]]] = {}
     for old, found in table.of(entries).items():
         if found.part is None:
-            names[found.name], renamed[found.name] = old, entries[old]
+            whole = entries[old] if found.turned is None else _turned(entries[old], *found.turned)
+            called = (found.name, *found.others)
+            cut = _cut_equally(whole, len(called), found.axis)
+            for name, entry in zip(called, cut, strict=False):
+                names[name], renamed[name] = old, entry
         else:
             parts.setdefault((found.name, found.axis), []).append((found.part, old))
     for (name, axis), places in parts.items():
@@ -102,6 +109,46 @@ def _renamed(
 
 def _join(*parts: Tensor, axis: int) -> Tensor:
     return torch.cat(parts, dim=axis)
+
+
+def _turned(entry: AnyEntry, one: int, other: int) -> AnyEntry:
+    """A tensor with two axes exchanged; one without them as it is."""
+    if max(one, other) >= len(entry.shape):
+        return entry
+    shape = list(entry.shape)
+    shape[one], shape[other] = shape[other], shape[one]
+    return _computed(entry, lambda whole: whole.transpose(one, other).contiguous(), tuple(shape))
+
+
+def _cut_equally(entry: AnyEntry, count: int, axis: int) -> list[AnyEntry]:
+    """A tensor in so many parts along an axis, as torch.chunk cuts it; one without it as it is."""
+    size = entry.shape[axis] if axis < len(entry.shape) else 0
+    if count == 1 or not size:
+        return [entry]
+    step = -(-size // count)
+    cut: list[AnyEntry] = []
+    for begin in range(0, size, step):
+        end = min(begin + step, size)
+        if isinstance(entry, Entry) and axis == 0:
+            cut.append(entry.rows(begin, end))
+            continue
+        shape = (*entry.shape[:axis], end - begin, *entry.shape[axis + 1 :])
+        cut.append(_computed(entry, partial(_part, axis=axis, begin=begin, end=end), shape))
+    return cut
+
+
+def _part(whole: Tensor, axis: int, begin: int, end: int) -> Tensor:
+    return whole.narrow(axis, begin, end - begin).contiguous()
+
+
+def _computed(
+    entry: AnyEntry, compute: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> Derived:
+    """What is computed of a tensor, of a dequantised one too."""
+    if isinstance(entry, Derived):
+        inner = entry.compute
+        return Derived(entry.sources, lambda *parts: compute(inner(*parts)), entry.dtype, shape)
+    return Derived((entry,), compute, entry.dtype, shape)
 
 
 def _split_experts(
@@ -206,10 +253,7 @@ def _cut(
     if half is not None:
         shape = (shape[0] // 2, *shape[1:])
     compute = partial(_cut_tensor, half=half, interleaved=interleaved, transposed=transposed)
-    if isinstance(entry, Derived):
-        inner = entry.compute
-        return Derived(entry.sources, lambda *parts: compute(inner(*parts)), entry.dtype, shape)
-    return Derived((entry,), compute, entry.dtype, shape)
+    return _computed(entry, compute, shape)
 
 
 def _cut_tensor(whole: Tensor, half: int | None, interleaved: bool, transposed: bool) -> Tensor:

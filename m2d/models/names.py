@@ -2,12 +2,13 @@
 
 import copy
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
     Concatenate,
     Transpose,
     WeightConverter,
@@ -31,7 +32,11 @@ class Named:
     part: tuple[int, int] | None = None
     """Place among the parts that are concatenated: of its pattern, and of its number in it."""
     axis: int = 0
-    """Along which parts are concatenated."""
+    """Along which parts are concatenated, or the tensor is cut."""
+    others: tuple[str, ...] = ()
+    """Canonical names of the tensors that it is cut into, in equal parts, after `name`."""
+    turned: tuple[int, int] | None = None
+    """Axes that are exchanged."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Names:
     """The class's own names."""
     prefix: str
     """What the class's names begin with and some files' do not, or the other way round."""
+    experts: Mapping[str, int] = field(default_factory=dict)
+    """Number of experts in each stacked tensor of the class, by its name."""
 
     @property
     def transposes_experts(self) -> bool:
@@ -85,19 +92,38 @@ class Names:
             return Named(self._with_prefix(renamed))
         converter = next(c for c in converters if pattern in c.source_patterns)
         place = converter.source_patterns.index(pattern)
-        target = self._with_prefix(target)
+        first = converter.target_patterns[0]
+        targets = [
+            self._with_prefix(target.replace(first, one)) for one in converter.target_patterns
+        ]
+        target = targets[0]
         stem, _, fused = target.rpartition(".")
         number = re.search(pattern.replace("*.", r"(\d+)\."), renamed) if "*." in pattern else None
         if stem.endswith("experts"):
             half = HALVES[place] if len(converter.source_patterns) == len(HALVES) else fused
-            if number is not None:
-                return Named(f"{stem}.{number.groups()[-1]}.{half}.weight")
-            return Named(f"{stem}.{half}")
-        joined = [op for op in converter.operations if isinstance(op, Concatenate)]
-        if len(converter.operations) == len(joined) == 1 and target in self.known:
+            if number is None:
+                return Named(f"{stem}.{half}")
+            expert, target = self._place_of(int(number.groups()[-1]), targets)
+            return Named(f"{target.rpartition('.')[0]}.{expert}.{half}.weight")
+        operation = converter.operations[0]
+        if len(converter.operations) > 1 or not self.known.issuperset(targets):
+            return Named(self._with_prefix(renamed))
+        if isinstance(operation, Concatenate):
             order = re.search(re.sub(r"\*\.", r"(\\d+)\.", pattern), renamed) if number else None
-            return Named(target, (place, int(order[1]) if order else 0), joined[0].dim)
+            return Named(target, (place, int(order[1]) if order else 0), operation.dim)
+        if isinstance(operation, Chunk):
+            return Named(target, axis=operation.dim, others=tuple(targets[1:]))
+        if isinstance(operation, Transpose) and not operation.check_dims:
+            return Named(target, turned=(operation.dim0, operation.dim1))
         return Named(self._with_prefix(renamed))
+
+    def _place_of(self, number: int, targets: list[str]) -> tuple[int, str]:
+        """The place of an expert in the stacked tensors, and that in which it is."""
+        for target in targets[:-1]:
+            if number < self.experts.get(target, number + 1):
+                return number, target
+            number -= self.experts[target]
+        return number, targets[-1]
 
     def _with_prefix(self, name: str) -> str:
         if name not in self.known and self.prefix:
@@ -111,5 +137,6 @@ class Names:
 def names_of(skeleton: PreTrainedModel) -> Names:
     """What transformers makes of the names in a checkpoint of this model."""
     transforms = get_model_conversion_mapping(skeleton, add_legacy=False)
-    known = frozenset(skeleton.state_dict().keys())
-    return Names(tuple(transforms), known, str(skeleton.base_model_prefix))
+    shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    experts = {name: shape[0] for name, shape in shapes.items() if ".experts." in name}
+    return Names(tuple(transforms), frozenset(shapes), str(skeleton.base_model_prefix), experts)

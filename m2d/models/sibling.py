@@ -68,7 +68,7 @@ def with_student(
                 return found
     raise UserError(
         f"{unsupported} can neither route to a fixed set of experts nor be dense in every layer: "
-        "it has no student"
+        + ("it has no student" if student_class != "same" else "leave out --student-class same")
     )
 
 
@@ -150,11 +150,10 @@ def _checked(
     family: Family, config: PretrainedConfig, teacher: PreTrainedModel, layer: int
 ) -> Family | None:
     """The family, its student's class tried, with what was found; None where it does not fit."""
-    width = 2 * number(config.get_text_config(), family.expert_width)
-    if not family.student_experts:
-        width = PROBE_WIDTH
-    elif family.student_experts > 1:
-        width //= 2
+    width = PROBE_WIDTH
+    if family.student_experts:
+        width = number(config.get_text_config(), family.expert_width)
+        width *= 2 if family.student_experts == 1 else 1
     raw = student_raw(family, config, config.to_dict(), {family.width_key: width})
     student = student_skeleton(raw, family.model_type)
     fields: Fields = {
@@ -178,11 +177,9 @@ def _checked(
 
 def _rest_is_the_same(family: Family, teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
     """Whether both have the same parameters but for the MoE layers' blocks and dense FFNs."""
-    block = family.experts.rpartition(".")[0]
-    inside = family.dense if not family.student_experts else block or family.experts
-    ffn = re.compile(
-        r"\d+\.(" + "|".join(map(re.escape, {block or family.experts, inside})) + r")\..*"
-    )
+    block = family.block or family.experts
+    inside = family.dense if not family.student_experts else block
+    ffn = re.compile(r"\d+\.(" + "|".join(map(re.escape, {block, inside})) + r")\..*")
 
     def rest(model: PreTrainedModel, layers: str, head: str) -> dict[str, tuple[int, ...]]:
         decoder = above(layers)
@@ -222,7 +219,7 @@ def _weights_of_each(
     width: int,
 ) -> tuple[float, ...] | None:
     """The weights that a router of zeros gives the student's experts; None if tokens differ."""
-    block_path, _, name = family.experts.rpartition(".")
+    block_path, name = family.block, family.experts.removeprefix(f"{family.block}.")
     router = family.router.removeprefix(f"{block_path}.")
     theirs, block = layers_of(teacher)[layer], layers_of(student)[layer]
     if block_path:
@@ -275,7 +272,7 @@ def _dense_fields(
     """What a dense student's FFN takes from the teacher's block; None where it cannot be it."""
     if experts_modules(student):
         return None
-    block_path, _, name = family.experts.rpartition(".")
+    block_path, name = family.block, family.experts.removeprefix(f"{family.block}.")
     if not block_path:
         return None
     block = layers_of(teacher)[layer].get_submodule(block_path)
@@ -308,7 +305,7 @@ def _parts_of_block(
     """What the block adds to its experts' sum and multiplies it by; None where that is not all."""
     router = family.router.removeprefix(f"{path}.")
     children = dict(block.named_children())
-    own = {experts, router.partition(".")[0]}
+    own = {experts.partition(".")[0], router.partition(".")[0]}
     shared = [n for n, child in children.items() if n not in own and _has_ffn(block, n)]
     gates = [
         n

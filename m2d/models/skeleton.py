@@ -1,5 +1,6 @@
 """The stock model class of a config, with every parameter on the meta device."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from m2d.errors import UserError
-from m2d.models.families import ROWS
+from m2d.models.families import IMAGE_EXPERTS, ROWS
 
 # Tensors of more elements than this are never allocated, not even for a moment.
 LARGEST_REAL_TENSOR = 2**24
@@ -155,11 +156,24 @@ def has_module(layer: nn.Module, path: str) -> bool:
     return True
 
 
+def reached_by_text(model: PreTrainedModel) -> PreTrainedModel:
+    """The model; of one whose images have experts of their own, a copy without them."""
+    if model.config.model_type not in IMAGE_EXPERTS:
+        return model
+    path, images = IMAGE_EXPERTS[model.config.model_type]
+    model = copy.deepcopy(model)
+    for layer in layers_of(model):
+        if has_module(layer, f"{path}.{images}"):
+            delattr(layer.get_submodule(path), images)
+    return model
+
+
 def experts_modules(model: PreTrainedModel) -> dict[int, str]:
     """Layer -> module path of its experts, for those with transformers' common interface.
 
-    Raises UserError where a layer has several.
+    Those of images alone do not count. Raises UserError where a layer has several.
     """
+    of_images = ".".join(IMAGE_EXPERTS.get(model.config.model_type, ())) + "."
     if not has_module(model, layers_path(model)):
         return {}
     layers = layers_of(model)
@@ -167,7 +181,11 @@ def experts_modules(model: PreTrainedModel) -> dict[int, str]:
         return {}
     found: dict[int, str] = {}
     for index, layer in enumerate(layers):
-        paths = [path for path, module in layer.named_modules() if are_experts(module)]
+        paths = [
+            path
+            for path, module in layer.named_modules()
+            if are_experts(module) and not path.startswith(of_images)
+        ]
         if len(paths) > 1:
             raise UserError(f"{type(model).__name__}: a layer has experts in {', '.join(paths)}")
         if paths:

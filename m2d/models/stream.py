@@ -25,7 +25,6 @@ from m2d.models.experts import (
     read_stacked,
     stock_glu,
 )
-from m2d.models.families import expert_pattern
 from m2d.models.hidden import IN_MEMORY_BYTES, HiddenStates
 from m2d.models.resume import Kept, Totals
 from m2d.models.routers import routed_rows
@@ -34,6 +33,7 @@ from m2d.models.skeleton import (
     kept_in_float32,
     layers_path,
     move_text,
+    reached_by_text,
     replace_layers,
     text_paths,
 )
@@ -55,9 +55,8 @@ class StreamedTeacher:
         self.teacher, self.dtype, self.device = teacher, dtype, device
         announce(teacher.name, teacher.dtype, dtype, device)
         self.checkpoint = Checkpoint(teacher.folder)
-        self.is_expert = expert_pattern(teacher.family).fullmatch
         # A copy, still without weights: the caller's teacher stays whole.
-        self.model = copy.deepcopy(teacher.skeleton)
+        self.model = copy.deepcopy(reached_by_text(teacher.skeleton))
         self.layers = list(layers_of(self.model))
         path = layers_path(self.model)
         self.prefixes = [f"{path}.{i}." for i in range(len(self.layers))]
@@ -121,8 +120,8 @@ class StreamedTeacher:
                 if not isinstance(block, InputScalingBlock):
                     router = family.router.removeprefix(f"{path}.")
                     layer.set_submodule(path, InputScalingBlock(block, name, router))
-        names = [n for n in self.checkpoint.entries if n.startswith(prefix)]
-        state = {n[len(prefix) :]: self._read(n) for n in names if not self.is_expert(n)}
+        names = [n for n in layer.state_dict() if prefix + n in self.checkpoint.entries]
+        state = {n: self._read(prefix + n) for n in names}
         _check_state(layer, state, self.checkpoint, prefix)
         layer.load_state_dict(state, strict=False, assign=True)
         _require_loaded(layer, self.checkpoint, prefix)

@@ -14,6 +14,8 @@ from m2d.models.skeleton import make_skeleton, text_key
 # What differs between any two config classes.
 NOT_COMPARED = {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version"}
 
+ROPE = ("rope_parameters", "rope_scaling")
+
 
 def number(config: PretrainedConfig, key: str) -> int:
     """A whole number in a config, or the one that a list repeats; dots lead into configs."""
@@ -87,10 +89,18 @@ def _text_raw(
     inner["model_type"] = family.student_model_type
     if family.student_model_type == text.model_type:
         return inner
+    rope = {key: inner[key] for key in ROPE if isinstance(inner.get(key), dict)}
+    own = _rope_keys(type(text)) - _rope_keys(student)
+    inner |= {key: {k: v for k, v in old.items() if k not in own} for key, old in rope.items()}
     inner |= _unlike_defaults(inner, text, {*dropped, *changes})
     if "head_dim" in _keys(student) and getattr(text, "head_dim", None) is None:
         inner.setdefault("head_dim", text.hidden_size // text.num_attention_heads)
     return inner | _layer_kinds(inner, text)
+
+
+def _rope_keys(kind: type[PretrainedConfig]) -> set[str]:
+    """What a class has in its rope parameters beside what all have, such as an image's axes."""
+    return set(getattr(kind, "ignore_keys_at_rope_validation", None) or ())
 
 
 def _layer_kinds(raw: dict[str, Any], teacher: PretrainedConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from m2d.models.hub import locate, name_of
 from m2d.models.parameters import check_tensors, text_part, wanted_of
 from m2d.models.schemes import QUANTISATION_KEYS, read_scheme
 from m2d.models.skeleton import (
+    Stack,
     count_parameters,
     experts_modules,
     has_module,
@@ -105,13 +106,23 @@ class Teacher:
     @property
     def expert_width(self) -> int:
         """I, the intermediate size of one expert."""
-        return number(self.config, self.family.expert_width)
+        widths = {stack.width for stack in self._stacks()}
+        if len(widths) != 1:
+            raise UserError(
+                f"{self.family.expert_width} differs between layers ({sorted(widths)}); m2d needs "
+                "one number"
+            )
+        return widths.pop()
 
     @property
     def expert_size(self) -> int:
         """H of the experts: the hidden size, but where they work in a smaller space."""
-        experts = layers_of(self.skeleton)[self.moe_layers[0]].get_submodule(self.family.experts)
-        return stack_of(experts).size
+        return self._stacks()[0].size
+
+    def _stacks(self) -> list[Stack]:
+        """How each MoE layer keeps its experts."""
+        layers = layers_of(self.skeleton)
+        return [stack_of(layers[i].get_submodule(self.family.experts)) for i in self.moe_layers]
 
     @property
     def dense_width(self) -> int:

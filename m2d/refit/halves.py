@@ -292,7 +292,7 @@ def block_path(family: Family) -> str:
     Raises UserError where a layer's experts stand by themselves: what they give goes through a
     norm of its own, and no down projection can be solved for.
     """
-    path = family.experts.rpartition(".")[0]
+    path = family.block
     if not path:
         raise UserError(
             f"{family.model_type}: its experts' sum is normed before it is added, so a refit in "

@@ -174,8 +174,9 @@ def parts_record(
         about["carried"] = sorted({".".join(name.split(".")[:2]) for name in carried})
     if dropped:
         about["dropped"] = dropped
-    if teacher.family.approximated:
-        about["approximated"] = teacher.family.approximated
+    for key in ("approximated", "left_out"):
+        if value := getattr(teacher.family, key):
+            about[key] = value
     return about
 
 

@@ -215,7 +215,7 @@ def feed_forward_paths(family: Family, layer: nn.Module) -> tuple[str, ...]:
 
     In hybrids the mixer of a layer is an FFN or something else.
     """
-    block = family.experts.rpartition(".")[0]
+    block = family.block
     paths = [path for path in (block, family.dense, family.shared) if path]
     names = [name for name, _ in layer.named_parameters()]
 

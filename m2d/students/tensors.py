@@ -216,7 +216,7 @@ class StudentTensors:
         if not family.student_experts or output.layer is not None:
             return False
         name = output.source.removeprefix(f"{family.layers}.").partition(".")[2]
-        block = family.experts.rpartition(".")[0]
+        block = family.block
         own = family.router.removeprefix(f"{block}.").partition(".")[0]
         near = name.startswith(f"{block}.{own}.".removeprefix("."))
         if near and shape[:1] != output.shape[:1]:
