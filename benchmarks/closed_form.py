@@ -29,7 +29,6 @@ from m2d.choose.neuron_statistics import CHOICES, NeuronStatistics, neuron_plan
 from m2d.choose.neurons import allot_widths, neuron_layer_plan
 from m2d.choose.plan import Plan, make_plan
 from m2d.choose.scoring import SCORINGS
-from m2d.conversion import collect_statistics
 from m2d.distill.heads import head_of, hidden_states
 from m2d.distill.loss import distillation_loss
 from m2d.evaluate.perplexity import loaded_nll
@@ -37,6 +36,7 @@ from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import count_parameters, open_teacher, quiet
 from m2d.refit.refit import refit, refit_record, write_refitted
 from m2d.statistics.neurons import collect
+from m2d.statistics.together import collect_statistics
 from m2d.students.merge import write_student
 from m2d.tokens.tokenize import tokens_from
 

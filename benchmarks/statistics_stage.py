@@ -20,10 +20,10 @@ from common import (
 )
 from transformers import AutoModelForCausalLM
 
-from m2d.conversion import collect_statistics
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
 from m2d.statistics.routing import RoutingTotals
+from m2d.statistics.together import collect_statistics
 
 LENGTH, BATCH, HIDDEN = 512, 4, 2048
 

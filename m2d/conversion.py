@@ -2,17 +2,17 @@
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from m2d.artifacts import require_absent, scratch_folder
 from m2d.budget import Paced, describe_choice, pace, parse_budget
 from m2d.choose.grouping import GROUPINGS
-from m2d.choose.layer_statistics import LayerStatistics
 from m2d.choose.neuron_statistics import CHOICES, neuron_plan
 from m2d.choose.plan import Plan, check_keep, make_plan
 from m2d.choose.scaling import SCALINGS
@@ -20,7 +20,7 @@ from m2d.choose.scoring import SCORINGS
 from m2d.devices import compute_dtype, pick_device
 from m2d.errors import UserError
 from m2d.models.folded import Folds
-from m2d.models.resume import Keeper, Kept, Together, identity, keeper, remove_kept
+from m2d.models.resume import Keeper, Kept, identity, keeper, remove_kept
 from m2d.models.skeleton import auto_class
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import STUDENT_CLASSES, Teacher, open_teacher, read_config
@@ -32,11 +32,16 @@ from m2d.refit.align import AlignSettings, align_student
 from m2d.refit.fold import collect_folds, fold_record, require_foldable
 from m2d.refit.fold_choice import MODES
 from m2d.refit.halves import block_path
-from m2d.refit.refit import VARIANTS, WEIGHTINGS, refit_record, write_refitted
+from m2d.refit.refit import (
+    VARIANTS,
+    WEIGHTINGS,
+    refit_record,
+    require_halves,
+    write_refitted,
+)
 from m2d.refit.refit import refit as refit_student
-from m2d.statistics.gram import GramTotals
 from m2d.statistics.neurons import collect
-from m2d.statistics.routing import RoutingTotals
+from m2d.statistics.together import collect_statistics
 from m2d.students.merge import write_student
 from m2d.tokens.calibration import LENGTH, CalibrationSource
 from m2d.tokens.encode import BOS
@@ -156,6 +161,7 @@ def convert(
     neurons = None
     if how.granularity == "neurons":
         neurons = chosen_width(opened, width, params, multiple)
+    how = attainable(opened, how, given, source, computed_in, chosen_device)
     paced = None
     if limit:
         paced = pace(
@@ -168,7 +174,10 @@ def convert(
         say(describe_choice(budget or "", paced, input_ids))
     else:
         input_ids = source.read(sequences or (SEQUENCES if tokens is None else None))
-    check_repairable(opened, how, input_ids)
+    if (how.refit or how.fold or how.align) and len(input_ids) < 2:
+        raise UserError(
+            "fold, refit and align need at least 2 sequences: some to fit, some to hold out"
+        )
 
     what = identity(opened.folder, input_ids, batch, computed_in, fold=how.fold, alpha=how.alpha)
     stream, keep_pass = StreamedTeacher(opened, computed_in, chosen_device), keeper(out, what)
@@ -242,16 +251,36 @@ def check_words(how: Conversion, student_class: str) -> None:
             raise UserError(f"unknown {kind} {value!r}; known: {', '.join(known)}")
 
 
-def check_repairable(teacher: Teacher, how: Conversion, input_ids: Tensor) -> None:
-    """Raises UserError where fold, refit and alignment cannot be had of this teacher and tokens."""
-    if how.refit or how.align:
+def attainable(
+    teacher: Teacher, how: Conversion, given: dict[str, Any], source: CalibrationSource,
+    dtype: torch.dtype, device: torch.device,
+) -> Conversion:  # fmt: skip
+    """What of a recipe the teacher's family can have; told before any pass, and where it is less.
+
+    Raises UserError where what it cannot have was `given`.
+    """
+
+    def require_refittable() -> None:
         block_path(teacher.family)
-    if how.fold:
-        require_foldable(teacher)
-    if (how.refit or how.fold or how.align) and len(input_ids) < 2:
-        raise UserError(
-            "fold, refit and align need at least 2 sequences: some to fit, some to hold out"
-        )
+        require_halves(teacher, source.at_most(1), dtype, device)
+
+    checks: dict[tuple[str, ...], Callable[[], None]] = {
+        ("fold",): lambda: require_foldable(teacher),
+        ("refit", "align"): require_refittable,
+    }
+    for names, check in checks.items():
+        wanted = [name for name in names if getattr(how, name)]
+        if not wanted:
+            continue
+        try:
+            check()
+        except UserError as error:
+            without = f"without {' and '.join(wanted)}"
+            if any(given[name] is not None for name in wanted):
+                raise UserError(f"{error}; convert {without}") from None
+            say(f"{teacher.name}: {without}, since {error}")
+            how = replace(how, **{name: getattr(Conversion(), name) for name in wanted})
+    return how
 
 
 def check_size(
@@ -296,26 +325,6 @@ def plan_of_experts(
     layers = collect_statistics(stream, tokens, batch, folds, keep_pass)
     rankings = [SCORINGS[scoring](layer) for layer in layers]
     return make_plan(layers, rankings, grouping, scaling, keep, scoring=scoring, groups=groups)
-
-
-def collect_statistics(
-    stream: StreamedTeacher,
-    tokens: Tensor,
-    batch: int,
-    folds: Folds | None = None,
-    keep_pass: Keeper | None = None,
-) -> list[LayerStatistics]:
-    """Both kinds of statistics of every MoE layer, from one pass of tokens [S, T]."""
-    teacher = stream.teacher
-    routing, gram = RoutingTotals(teacher), GramTotals(folds)
-    both = Together(routing=routing, gram=gram)
-    kept = keep_pass and keep_pass("statistics", both)
-    stream.run(tokens, batch, both.visit, "calibrating, layers", kept)
-    routings, grams = routing.result(), gram.result()
-    return [
-        LayerStatistics(layer, teacher.top_k, routings[layer], grams[layer])
-        for layer in teacher.moe_layers
-    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -110,6 +110,26 @@ def test_reported_errors_are_those_of_the_streams(
     assert layers[0]["before"] == pytest.approx(float(error), rel=1e-3)
 
 
+def test_experts_that_are_always_taken_are_aligned_together(tmp_path: Path) -> None:
+    """Students of Solar Open have as many experts as a token of the teacher takes."""
+    experts = {"n_routed_experts": 8, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    changes = {**experts, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+    teacher = family_teachers.save_stock(tmp_path / "t", "SolarOpen", changes)
+    write_tokens(tmp_path / "tokens.safetensors", TOKENS, {"source": "random"})
+    tokens, settings = tmp_path / "tokens.safetensors", AlignSettings(steps=8, tokens=128)
+    student = m2d.convert(teacher, tmp_path / "s", tokens=tokens, keep=8, grouping="RR")
+    opened = open_teacher(teacher)
+    assert opened.family.student_experts == opened.top_k > 1
+    out = align_student(opened, student, tmp_path / "a", TOKENS, settings, **OPTIONS)
+    held = (torch.arange(24) % 8 == 7).repeat_interleave(16)
+    for index, report in enumerate(json.loads((out / "m2d.json").read_text())["align"]["layers"]):
+        ours, goal = streams(out, index)[2][held], streams(teacher, index)[2][held]
+        error = ((ours - goal).square().sum(1) / goal.square().sum(1)).mean()
+        assert report["kept"]
+        assert report["after"] == pytest.approx(float(error), rel=1e-3)
+        assert report["after"] < report["before"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_layer_is_left_worse(dtype: torch.dtype, student: Path, tiny_teacher: Path) -> None:
     """A rate that ruins everything: the training is thrown away."""

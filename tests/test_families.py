@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 import m2d
 from m2d.choose.plan import Group, LayerPlan, Plan
 from m2d.cli import main
-from m2d.conversion import collect_statistics
 from m2d.inspect import inspect
 from m2d.models import checkpoint
 from m2d.models.families import SIBLINGS
@@ -25,6 +24,7 @@ from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher, read_config
 from m2d.models.visit import Visit
 from m2d.statistics.files import SUMS
+from m2d.statistics.together import collect_statistics
 from m2d.students.grid import GridStudent
 from m2d.students.merge import write_student
 from m2d.students.tensors import StudentTensors

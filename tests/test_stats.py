@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from m2d import cli
 from m2d.choose.layer_statistics import LayerStatistics
-from m2d.conversion import collect_statistics
 from m2d.errors import UserError
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
@@ -20,6 +19,7 @@ from m2d.statistics.gram import even_chunks, inner_products
 from m2d.statistics.routing import routing_sums
 from m2d.statistics.shards import share_rows
 from m2d.statistics.sums import LongSum
+from m2d.statistics.together import collect_statistics
 
 CPU = torch.device("cpu")
 

@@ -103,11 +103,6 @@ def align(
     if len(tokens) < 2:
         raise UserError("align needs at least 2 sequences: some to fit, some to hold out")
     opened = open_student(student_folder, teacher)
-    if teacher.family.student_experts > 1:
-        raise UserError(
-            f"{student_folder}: alignment knows students with dense layers or one expert, not "
-            f"{teacher.family.student_experts}"
-        )
     disk = student_dtype(opened)
     source = SteppedModel(teacher, dtype, device)
     target = SteppedModel(opened, dtype, device)

@@ -208,6 +208,20 @@ def teacher_half(source: SteppedModel, layer: nn.Module, index: int, i: int, che
     return halves
 
 
+@torch.no_grad()
+def require_halves(
+    teacher: Teacher, tokens: Tensor, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises UserError where the teacher's layers do not just add an FFN to the residual stream.
+
+    By its first layer with experts, on the first of tokens [sequences, length].
+    """
+    model, first = SteppedModel(teacher, dtype, device), teacher.moe_layers[0]
+    model.start(tokens[:1], 1)
+    model.advance_to(first)
+    teacher_half(model, model.load(first), first, 0, check=True)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """In float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

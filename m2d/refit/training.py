@@ -75,26 +75,40 @@ def feed_forward_parameters(block: nn.Module, family: Family) -> dict[str, nn.Pa
 
 
 def feed_forward_parts(block: nn.Module, family: Family) -> dict[str, Tensor]:
-    """The FFN's tensors under canonical names, [out, in] each."""
-    if not family.student_experts:
-        return {name: value.detach() for name, value in block.named_parameters()}
-    experts = block.get_submodule(family.experts.rpartition(".")[2])
-    assert isinstance(experts, StackedExperts)
-    gate, up = experts.gate_up_proj[0].detach().chunk(2)
-    parts = {"gate_proj.weight": gate, "up_proj.weight": up}
-    parts["down_proj.weight"] = experts.down_proj[0].detach()
-    if experts.gate_up_bias is not None and experts.down_bias is not None:
-        gate_bias, up_bias = experts.gate_up_bias[0].detach().chunk(2)
-        parts |= {"gate_proj.bias": gate_bias, "up_proj.bias": up_bias}
-        parts["down_proj.bias"] = experts.down_bias[0].detach()
-    return parts
+    """The FFN's tensors under canonical names, [out, in] each; those of its experts one after the
+    other.
+    """
+    pieces = _pieces(block, family)
+    return {name: torch.cat(own, dim=_axis(name)) for name, own in pieces.items()}
 
 
 @torch.no_grad()
 def load_parts(block: nn.Module, family: Family, parts: dict[str, Tensor]) -> None:
     """Put tensors into the block's FFN, in its own dtype and on its device."""
-    for name, value in feed_forward_parts(block, family).items():
-        value.copy_(parts[name])
+    for name, own in _pieces(block, family).items():
+        for value, part in zip(own, parts[name].chunk(len(own), _axis(name)), strict=True):
+            value.copy_(part)
+
+
+def _axis(name: str) -> int:
+    """That along which an FFN's neurons lie."""
+    return 1 if name == "down_proj.weight" else 0
+
+
+def _pieces(block: nn.Module, family: Family) -> dict[str, list[Tensor]]:
+    """By canonical name, the tensors of each expert; of a dense FFN its one tensor."""
+    if not family.student_experts:
+        return {name: [value.detach()] for name, value in block.named_parameters()}
+    experts = block.get_submodule(family.experts.rpartition(".")[2])
+    assert isinstance(experts, StackedExperts)
+    gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+    pieces = {"gate_proj.weight": gate, "up_proj.weight": up}
+    pieces["down_proj.weight"] = experts.down_proj.detach()
+    if experts.gate_up_bias is not None and experts.down_bias is not None:
+        gate_bias, up_bias = experts.gate_up_bias.detach().chunk(2, dim=1)
+        pieces |= {"gate_proj.bias": gate_bias, "up_proj.bias": up_bias}
+        pieces["down_proj.bias"] = experts.down_bias.detach()
+    return {name: list(piece) for name, piece in pieces.items()}
 
 
 def optimisers_for(
