@@ -23,7 +23,7 @@ A dense model sends every token through one larger network instead.
 """
 VOCABULARY = 300
 # Fixtures that several files of tests share.
-pytest_plugins = ("bound", "evaluation_data", "workflow_project")
+pytest_plugins = ("bound", "evaluation_data", "family_teachers", "workflow_project")
 # Files whose tests share what takes long to make, and so a process of pytest-xdist. Not by its mark
 # `xdist_group`, which pytest 9.2 does not pass on.
 TOGETHER = {

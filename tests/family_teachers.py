@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from m2d.models.teacher import read_config
 from tests.conftest import VOCABULARY, make_tokenizer
 
 EXPERTS, TOP_K, WIDTH, HIDDEN = 8, 3, 32, 64
@@ -208,3 +211,27 @@ def make_uniform(
             tensors[key].zero_()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def load(folder: Path) -> Any:
+    """The stock model of a folder."""
+    read_config(folder)  # makes the Auto classes know EMO
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest expected number."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Name -> folder of a teacher with random routing, made once; not to be written to."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = make(name, tmp_path_factory.mktemp("teachers") / name)
+        return made[name]
+
+    return get

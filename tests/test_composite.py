@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_teachers import relative_error
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -114,10 +115,6 @@ def make_composite(kind: str, folder: Path) -> Path:
 @pytest.fixture
 def settings(tiny_text: Path) -> dict[str, Any]:
     return {"text": [tiny_text], "sequences": 2, "length": 12}
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 PARTS = re.compile("visual|vision_tower|multi_modal")

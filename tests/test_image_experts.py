@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_teachers import relative_error
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Ernie4_5_VLMoeConfig
 
@@ -65,10 +66,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stock(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder).eval()
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def test_the_file_is_in_the_hubs_layout(teacher: Path) -> None:
