@@ -19,6 +19,8 @@ from m2d.errors import UserError
 from m2d.options import AUTO
 from m2d.progress import say
 
+# Memory that all experts' outputs on a chunk of tokens may take on a CPU.
+CHUNK_BYTES = 220_000_000
 MEASURED_SIZE = 128  # rows and columns of the products that are timed: under 5 ms on a slow CPU
 # What keeps oneDNN or PyTorch from the units that a CPU has; then only a measurement tells.
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")

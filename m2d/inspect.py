@@ -4,7 +4,8 @@ import argparse
 import json
 from typing import Any
 
-from m2d.devices import dtype_name
+from m2d.choose.plan import paper_keeps
+from m2d.devices import CHUNK_BYTES, dtype_name
 from m2d.errors import UserError
 from m2d.footprint import as_lines, footprint, size
 from m2d.models.skeleton import reached_by_text, text_key
@@ -22,8 +23,6 @@ from m2d.models.teacher import (
 )
 from m2d.models.widths import add_width_options, chosen_width
 from m2d.options import add_student_options, positive
-from m2d.statistics.gram import CHUNK_BYTES
-from m2d.students.grid import paper_keeps
 
 # The interpreter and its libraries.
 BASE_BYTES = 600_000_000

@@ -172,6 +172,12 @@ def test_ranking_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_inspecting_needs_no_library_that_reads_data() -> None:
+    libraries = "{'pyarrow', 'tokenizers', 'pydantic'}"
+    code = f"import sys, m2d.inspect; assert not {libraries} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_kill_leaves_no_student(tiny_teacher, tiny_text, tmp_path) -> None:
     """SIGKILL while the student is being written: no folder, and a later run succeeds."""
     out = tmp_path / "student"

@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING
 
 import m2d
 from m2d.cli import main
 from m2d.models.derive import REFUSED
+from m2d.models.skeleton import make_skeleton
+from m2d.models.teacher import read_config
 
 # Qwen/Qwen3-30B-A3B's config.json, what matters of it.
 QWEN3_30B_A3B = {
@@ -98,3 +102,22 @@ def test_inspect_refuses_in_the_same_line_as_convert(
     assert f"{model_type!r} {REFUSED[model_type]}" in inspected
     assert inspected.count("\n") == 1
     assert not out.exists()
+
+
+def test_no_weight_is_drawn_for_a_skeleton(tiny_teacher: Path) -> None:
+    """That would take most of the time, for nothing; buffers are as the class makes them."""
+    filled: list[str] = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name.endswith("_") and args[0].is_meta:
+                filled.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    config = read_config(tiny_teacher)[1]
+    with Note():
+        model = make_skeleton(config, tiny_teacher)
+    assert not filled
+    assert all(parameter.is_meta for parameter in model.parameters())
+    half = torch.arange(0, 8, 2) / 8
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, 10_000**-half)

@@ -133,6 +133,11 @@ def make_plan(
     )
 
 
+def paper_keeps(top_k: int, num_experts: int) -> list[int]:
+    """The paper's five values of K where they exist: top-k times 1, 2, 4, 8, 16, at most E."""
+    return sorted({min(top_k * factor, num_experts) for factor in (1, 2, 4, 8, 16)})
+
+
 def check_keep(keep: int, top_k: int, num_experts: int, groups: int | None = None) -> None:
     """Raises UserError unless groups (top_k if None) <= keep <= num_experts, groups >= 1."""
     least = top_k if groups is None else groups

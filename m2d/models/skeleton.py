@@ -23,12 +23,17 @@ from m2d.models.families import IMAGE_EXPERTS, ROWS
 
 # Tensors of more elements than this are never allocated, not even for a moment.
 LARGEST_REAL_TENSOR = 2**24
+# Functions of torch, and of torch.nn.init, that fill a tensor in place: nothing to do on meta.
+FILLS = {
+    "normal_", "trunc_normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_", "zero_",
+    "zeros_", "ones_", "fill_", "constant_", "copy_",
+}  # fmt: skip
 # What decoders call the list of their layers.
 LISTS = ("layers", "blocks")
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Makes large new tensors on the meta device.
+    """Makes large new tensors on the meta device, and leaves those there as they are.
 
     Experts' parameters are allocated before accelerate's `init_empty_weights` sees them, and those
     of one layer may be larger than memory. Buffers, which must be real, are small.
@@ -38,6 +43,10 @@ class _LargeOnMeta(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in FILLS:
+            filled = args[0] if args else kwargs.get("tensor")
+            if isinstance(filled, torch.Tensor) and filled.is_meta:
+                return filled
         if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
             shape = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
             if shape and math.prod(shape) > LARGEST_REAL_TENSOR:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from m2d.choose.layer_statistics import GramStatistics
-from m2d.devices import free_memory, multiplies_fast
+from m2d.devices import CHUNK_BYTES, free_memory, multiplies_fast
 from m2d.models.experts import TILE, StackedExperts
 from m2d.models.folded import FoldedInTurn, Folds, folds_of
 from m2d.models.routers import router_gram
@@ -24,8 +24,6 @@ from m2d.models.visit import Visit
 from m2d.statistics.routing import add_statistics_options, collect
 from m2d.statistics.shards import LayerSums, LayerTotals, gram_statistics
 
-# Memory that all experts' outputs on a chunk of tokens may take on a CPU.
-CHUNK_BYTES = 220_000_000
 COLUMNS_AT_ONCE = 16_384  # columns of the outputs whose products are summed in float32
 GPU_PARTS = 128  # so many of these at a time fill a GPU; 1 GB for 128 experts
 # Rows of one block of the upper triangle: in smaller ones the products cost more than is saved.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from m2d.artifacts import atomic_path, read_json
 from m2d.choose.grouping import GROUPINGS
-from m2d.choose.plan import Plan, check_keep, distinct_plans, make_plan
+from m2d.choose.plan import Plan, check_keep, distinct_plans, make_plan, paper_keeps
 from m2d.choose.ranking import rankings_from_dict
 from m2d.choose.scaling import SCALINGS
 from m2d.devices import announce, computed_on, dtype_name, free_memory
@@ -100,11 +100,6 @@ class GridStudent:
             for name in self.tensors.feed_forward_names(layer.layer):
                 self.parameters[name].copy_(self.tensors.make(name, plan))
         return self.model
-
-
-def paper_keeps(top_k: int, num_experts: int) -> list[int]:
-    """The paper's five values of K where they exist: top-k times 1, 2, 4, 8, 16, at most E."""
-    return sorted({min(top_k * factor, num_experts) for factor in (1, 2, 4, 8, 16)})
 
 
 def resolved(methods: Table[Any], text: str) -> list[str]:
