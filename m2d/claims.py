@@ -119,9 +119,10 @@ def check_no_input(out: Path, args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def claim(out: str | Path, part: str = "") -> Iterator[None]:
-    """Hold an output: no other process that claims it (or the same part of it) writes it meanwhile.
+    """Hold an output: no other process that claims it writes it meanwhile.
 
-    Raises UserError where it is taken, or where nothing can be written.
+    part: of those who hold a part each, several do so together, but never with one who holds the
+    whole. Raises UserError where it is taken, or where nothing can be written.
     """
     out = Path(out)
     if not out.name:
@@ -130,24 +131,26 @@ def claim(out: str | Path, part: str = "") -> Iterator[None]:
     if (length := len(os.fsencode(out.name))) > room:
         raise UserError(f"{out.name[:40]}...: a name of {length} bytes; at most {room} fit")
     made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
-    lock = out.with_name(f".{out.name}.{part}{'.' if part else ''}lock")
+    whole, own = out.with_name(f".{out.name}.lock"), out.with_name(f".{out.name}.{part}.lock")
+    wanted = {whole: fcntl.LOCK_SH, own: fcntl.LOCK_EX} if part else {whole: fcntl.LOCK_EX}
+    locks: dict[Path, int] = {}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(lock)
-    except BlockingIOError:
-        raise UserError(
-            f"{out}: another process is writing it; wait for it, or name another output"
-        ) from None
+        for lock, kind in wanted.items():
+            locks[lock] = _locked(lock, kind)
     except OSError as error:
+        _release(locks)
+        if isinstance(error, BlockingIOError):
+            raise UserError(
+                f"{out}: another process is writing it; wait for it, or name another output"
+            ) from None
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     try:
         if not part:
             sweep(out)
         yield
     finally:
-        with contextlib.suppress(OSError):
-            lock.unlink()
-        os.close(descriptor)
+        _release(locks)
         # Passes that go on after a kill say how far they came in a file (m2d.models.resume); those
         # that ended before there was anything to go on from have none.
         for folder in [] if part else out.parent.glob(f".{escape(out.name)}.layers-*"):
@@ -158,12 +161,12 @@ def claim(out: str | Path, part: str = "") -> Iterator[None]:
                 folder.rmdir()
 
 
-def _locked(lock: Path) -> int:
-    """An open, locked file; BlockingIOError where another process has it."""
+def _locked(lock: Path, kind: int) -> int:
+    """An open file, locked for one (LOCK_EX) or several; BlockingIOError where another has it."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise
@@ -176,6 +179,21 @@ def _locked(lock: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == lock.stat().st_ino:
                 return descriptor
+        os.close(descriptor)
+
+
+def _release(locks: dict[Path, int]) -> None:
+    """Give locks back; the last who holds one removes its file."""
+    for lock, descriptor in locks.items():
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        except OSError:  # of a file system that has no locks
+            pass
+        with contextlib.suppress(OSError):
+            lock.unlink()
         os.close(descriptor)
 
 

@@ -106,19 +106,34 @@ def test_a_mixture_of_two_teachers_of_one_shape_is_refused(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("command", ["refit", "align", "distill"])
+FROM_TEACHER = ("{student}", "{teacher}", "{out}", "--tokens", "{tokens}")
+OF_STUDENTS: dict[str, tuple[Any, ...]] = {
+    "refit": FROM_TEACHER,
+    "align": FROM_TEACHER,
+    "distill": (*FROM_TEACHER, *DISTILL),
+    "perplexity": ("{student}", "--tokens", "{tokens}"),
+    "evaluate": ("{student}", "{out}", "--task", "arc_easy"),
+    "export": ("{student}", "{out}.gguf", "--converter", "{script}"),
+    "teacher-logits": ("{student}", "{out}", "--tokens", "{tokens}"),
+}
+
+
+@pytest.mark.parametrize("command", OF_STUDENTS)
 def test_a_student_with_weights_of_another_is_refused(
-    command: str, both_runs: tuple[Run, Run], own_run: Run, capsys: pytest.CaptureFixture[str]
+    command: str,
+    both_runs: tuple[Run, Run],
+    own_run: Run,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("m2d.evaluate.lm_eval._load_task", lambda *_: [])
     theirs = both_runs[1]["student"] / "model.safetensors"
     shutil.copy(theirs, own_run["student"] / "model.safetensors")
-    out = own_run["student"].parent / "out"
-    more = DISTILL if command == "distill" else ()
-    words = (own_run["student"], own_run["teacher"], out, "--tokens", own_run["tokens"], *more)
-    assert run(command, *words) == 2
+    places = own_run | {"out": own_run["student"].parent / "out", "script": Path(__file__)}
+    assert run(command, *(str(word).format_map(places) for word in OF_STUDENTS[command])) == 2
+    assert not list(places["out"].parent.glob("out*"))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "model.safetensors is not what m2d.json was written with" in error
-    assert not out.exists()
 
 
 def test_logits_of_another_dtype_do_not_mix(

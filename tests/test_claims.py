@@ -41,8 +41,14 @@ def test_only_one_process_holds_an_output(tmp_path: Path) -> None:
     with claim(out):
         assert "another process is writing it" in other(out).stderr
         assert other(out.with_name("out2")).stdout == "held\n"
-        with claim(out, part="1"), claim(out, part="2"):  # of one folder, two shares
+        with pytest.raises(UserError, match="another process"), claim(out, part="0-2"):
             pass
+    with claim(out, part="0-2"):
+        with claim(out, part="1-2"):  # of one folder, two shares
+            pass
+        for part in ("", "0-2"):
+            with pytest.raises(UserError, match="another process"), claim(out, part=part):
+                pass
     assert not out.parent.exists()  # it was made for nothing
     assert other(out).stdout == "held\n"
 

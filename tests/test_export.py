@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, pre_tokenizers
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from m2d.cli import main
 from m2d.errors import UserError
@@ -61,7 +63,11 @@ def converter(tmp_path: Path) -> Path:
 def student(tmp_path: Path) -> Path:
     folder = tmp_path / "student"
     make_tokenizer().save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "auto_map": {"a": "b"}}))
+    sizes = {"vocab_size": 300, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"a": "b"}}))
     (folder / "modeling.py").write_text("print('never run')")
     return folder
 
@@ -79,7 +85,8 @@ def test_a_new_vocabulary_gets_the_pre_tokenizer_of_its_pattern(
     assert (told["pre"], told["type"], told["offline"]) == ("gpt-2", "q8_0", "1")
     # Nothing that would name code to run is handed on.
     assert "modeling.py" not in told["files"]
-    assert json.loads(told["files"]["config.json"]) == {"model_type": "qwen3"}
+    assert '"qwen3"' in told["files"]["config.json"]
+    assert "auto_map" not in told["files"]["config.json"]
     heard = capsys.readouterr()
     assert "vocabulary is new to llama.cpp" in heard.err
     assert "not checked" in heard.out
@@ -105,7 +112,6 @@ def test_a_converter_on_the_path_is_found(
         ({"fails": True}, (), "failed (ValueError: Can not map tensor 'model.x')"),
         ({"needs": True}, (), "needs a_package_that_is_not_there: pip install"),
         ({}, ("--converter", "nowhere"), "--converter nowhere: no such file; give --converter"),
-        ({}, ("--out", "s.bin"), "student: no model.safetensors"),
     ],
 )
 def test_what_fails_is_one_line_and_leaves_nothing(
@@ -126,6 +132,27 @@ def test_what_fails_is_one_line_and_leaves_nothing(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert message in line
     assert sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in str(p)) == before
+
+
+def test_what_the_converter_would_read_otherwise_is_refused(
+    student: Path, converter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> str:
+        assert export(student, tmp_path / "s.gguf", "--converter", converter) == 2
+        return capsys.readouterr().err
+
+    weights = student / "model.safetensors"
+    whole = load_file(weights)
+    (student / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert "programs do not agree on which counts" in said()
+    (student / "model.safetensors.index.json").unlink()
+    save_file({name: t for name, t in whole.items() if "q_proj" not in name}, weights)
+    assert "1 tensor is missing (model.layers.0.self_attn.q_proj.weight)" in said()
+    whole["model.norm.weight"][0] = math.nan
+    save_file(whole, weights)
+    assert "numbers are not finite" in said()
+    weights.unlink()
+    assert "student: no model.safetensors" in said()
 
 
 def test_no_converter_is_one_line_that_says_what_to_get(

@@ -15,6 +15,7 @@ from m2d.cli import main
 from m2d.errors import UserError
 from m2d.export.folder import export_folder, weight_of_each
 from m2d.models.skeleton import experts_modules, layers_of
+from m2d.verify import check
 
 
 def load(folder: Path) -> Any:
@@ -74,6 +75,7 @@ def test_one_expert_is_cut_into_several(
     config = json.loads((out / "config.json").read_text())
     assert config["num_experts_per_tok"] == experts
     assert (out / "tokenizer.json").is_file()
+    assert not check(out).faults  # its m2d.json is of its own files
 
 
 @pytest.mark.parametrize("experts", [2, 4])

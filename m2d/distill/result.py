@@ -15,11 +15,12 @@ from m2d import __version__
 from m2d.artifacts import atomic_path, read_json, sha256_of
 from m2d.devices import dtype_name
 from m2d.distill.recipe import Recipe
+from m2d.models.digests import weight_digests
 from m2d.models.fingerprint import fingerprint
 from m2d.models.hub import licence_of, revision_of
 from m2d.models.schemes import QUANTISATION_KEYS
 from m2d.models.teacher import count_parameters, make_skeleton
-from m2d.students.files import copy_others, weight_digests, write_record
+from m2d.students.files import copy_others, write_record
 from m2d.students.merge import write_into
 from m2d.students.record import StudentRecord, read_record
 from m2d.tokens.files import open_tokens

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from m2d.artifacts import sha256_of
-from m2d.claims import sweep
+from m2d.claims import claim
 from m2d.devices import announce, compute_dtype, dtype_name, pick_device
 from m2d.distill.loading import device_map, expand_routing
 from m2d.distill.logits import (
@@ -113,7 +113,8 @@ def main(args: argparse.Namespace) -> None:
             made = outputs_of(hidden_TH, head, args.kind, args.size, generator)
             parts.append([x.cpu().unflatten(0, tuple(ids.shape)) for x in made])
         ids, log_p = (torch.cat(column) for column in zip(*parts, strict=True))
-        sweep(shard_path(args.out, number))
-        write_shard(shard_path(args.out, number), ids, log_p, vocabulary, index)
+        shard = shard_path(args.out, number)
+        with claim(shard):  # parts of several divisions have it in common
+            write_shard(shard, ids, log_p, vocabulary, index)
     write_index(args.out, index)  # of a part that has no shard
     say(f"{args.out}: {len(mine)} shards of {tokens.sequences} sequences, {args.kind} {args.size}")

@@ -1,10 +1,11 @@
 """lm-eval's backends on weights that m2d has read, or has checked.
 
 The hf backend gets its model from the reader that statistics, distillation and perplexity use.
-vLLM reads the folder itself, so the folder is checked before: that its tensors are just those of
-the class, all finite, and that vLLM would resolve the same files.
+vLLM and llama.cpp's converter read the folder themselves, so it is checked before: that its tensors
+are just those of the class and of its m2d.json, all finite, and that others resolve the same files.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from m2d.devices import pick_dtype
 from m2d.errors import UserError
 from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from m2d.models.digests import require_noted_weights
 from m2d.models.load import beside_text, check_model, load_model
 from m2d.models.teacher import dtype_of, locate, read_config
 from m2d.progress import progress
@@ -51,16 +53,17 @@ def one_reader(backend: type) -> Any:
     return OneReader
 
 
-def check_for_vllm(model: str) -> None:
-    """Raise a UserError unless vLLM will read of the folder what m2d would."""
+def check_for_others(model: str | Path) -> None:
+    """Raise a UserError unless other programs will read of the folder what m2d would."""
     folder = locate(model)
     _, config = read_config(folder)
     if (folder / SINGLE_NAME).is_file() and (folder / INDEX_NAME).is_file():
         raise UserError(
-            f"{folder}: has both {SINGLE_NAME} and {INDEX_NAME}, and vLLM does not read the same "
-            "one as transformers; remove the one that is out of date"
+            f"{folder}: has both {SINGLE_NAME} and {INDEX_NAME}, and programs do not agree on "
+            "which counts; remove the one that is out of date"
         )
     check_model(folder, config)
+    require_noted_weights(folder)
     checkpoint, carried = Checkpoint(folder), beside_text(folder, config)
     names = sorted(set(checkpoint.entries) - carried)
     for name in progress(names, f"{folder.name}, tensors checked"):

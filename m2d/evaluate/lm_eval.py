@@ -72,7 +72,7 @@ def evaluate(
     from lm_eval.utils import handle_non_serializable
 
     from m2d.devices import announce, compute_dtype, computed_on, dtype_name, pick_device
-    from m2d.evaluate.backends import check_for_vllm, one_reader
+    from m2d.evaluate.backends import check_for_others, one_reader
     from m2d.models.fingerprint import fingerprint
     from m2d.models.teacher import dtype_of, locate, read_config
 
@@ -89,7 +89,7 @@ def evaluate(
             # A job has several GPUs where one cannot hold the model.
             model_args = {"parallelize": True, **(model_args or {})}
     else:
-        check_for_vllm(model)
+        check_for_others(model)
     manager = _task_manager(tasks, include)
     with local_datasets(datasets, include, dataset_folders or {}):
         loaded = {task: _load_task(manager, task, shots) for task in tasks}

@@ -41,6 +41,8 @@ def export(
     Raises UserError on bad input, a missing converter, or a file that is not the student; then
     nothing is written.
     """
+    from m2d.evaluate.backends import check_for_others
+
     out, folder = Path(out), Path(student)
     if out.suffix != ".gguf":
         raise UserError(f"{out}: give the file a name that ends in .gguf")
@@ -53,6 +55,7 @@ def export(
         raise UserError(
             "the check needs llama.cpp: pip install xllamacpp, or put llama-server on the PATH"
         )
+    check_for_others(folder)  # which the converter does not
     found = None
     with atomic_path(out) as file:
         with tempfile.TemporaryDirectory(prefix=".m2d-", dir=file.parent) as work:

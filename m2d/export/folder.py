@@ -26,8 +26,9 @@ from m2d.models.routers import probe
 from m2d.models.skeleton import experts_modules, has_module, layers_of, make_skeleton, stack_of
 from m2d.models.student_config import set_key
 from m2d.models.teacher import dtype_of, read_config
-from m2d.students.files import copy_others
+from m2d.students.files import copy_others, write_record
 from m2d.students.merge import write_into
+from m2d.students.record import read_record
 from m2d.students.spelling import both_spellings
 from m2d.students.tensors import pad_to
 
@@ -102,10 +103,11 @@ def export_folder(student: str | Path, out: str | Path, experts: int = 2) -> str
     with atomic_path(out) as temporary:
         target.save_pretrained(temporary)
         copy_others(folder, temporary)
-        for name in ("README.md", "m2d.json"):
-            if (folder / name).is_file():
-                (temporary / name).write_bytes((folder / name).read_bytes())
         write_into(temporary, "config.json", new)
+        if (folder / "m2d.json").is_file():
+            write_record(temporary, read_record(folder / "m2d.json"))
+        elif (folder / "README.md").is_file():
+            (temporary / "README.md").write_bytes((folder / "README.md").read_bytes())
     return done
 
 

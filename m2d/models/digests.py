@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
-from m2d.artifacts import reading, sha256_of, write_text
+from m2d.artifacts import read_json, reading, sha256_of, write_text
+from m2d.errors import UserError
 from m2d.models.checkpoint import shard_files
 from m2d.progress import progress
 
@@ -15,6 +17,45 @@ def weights_digests(folder: Path) -> dict[str, str]:
     """Name -> SHA-256 of config.json and every file of weights; reads all of them."""
     files = [folder / "config.json", *shard_files(folder)]
     return {file.name: sha256_of(file) for file in progress(files, f"{folder}, digests of files")}
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of every file of weights, each read once by a process.
+
+    Raises UserError where its m2d.json, which says what a student was made from, is of others.
+    """
+    noted = _noted(folder)
+    found = {weights.name: _digest_of(weights) for weights in shard_files(folder)}
+    for name, digest in found.items():
+        if noted and noted.get(name) != digest:
+            raise UserError(
+                f"{folder}: {name} is not what m2d.json was written with (m2d verify says more); "
+                "make the student again, or, if the change is meant, remove files_sha256 from its "
+                "m2d.json"
+            )
+    return found
+
+
+def require_noted_weights(folder: Path) -> None:
+    """Raise as `weight_digests` does; nothing is read where no m2d.json has digests."""
+    if _noted(folder):
+        weight_digests(folder)
+
+
+def _noted(folder: Path) -> dict[str, str]:
+    file = folder / "m2d.json"
+    recorded = read_json(file).get("files_sha256") if file.is_file() else None
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def _digest_of(file: Path) -> str:
+    about = file.stat()
+    return _digest(file, about.st_size, about.st_mtime_ns)
+
+
+@cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    return sha256_of(file)
 
 
 def hub_digests(folder: Path) -> dict[str, str]:

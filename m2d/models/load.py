@@ -19,6 +19,7 @@ from transformers.integrations.accelerate import _get_device_map, expand_device_
 
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint, require_finite
+from m2d.models.digests import require_noted_weights
 from m2d.models.names import names_of
 from m2d.models.parameters import Fused, check_tensors, is_buffer, wanted_of
 from m2d.models.skeleton import experts_modules, in_text, kept_in_float32, make_skeleton, text_key
@@ -59,7 +60,8 @@ def load_model(
     dtype: of its products, and of its weights, but for `narrow`: on one device these then stay as
     they are on disk where that is narrower, and are widened product by product.
     config: as m2d.models.teacher.read_config gives it. Raises UserError where the folder's tensors
-    are not just those of the class, of the text model are not finite, or do not fit in the devices.
+    are not just those of the class or of its m2d.json, of the text model are not finite, or do not
+    fit in the devices.
     """
     config = copy.deepcopy(config)
     config.dtype = dtype  # buffers that the class computes are of the default dtype
@@ -68,6 +70,7 @@ def load_model(
     checkpoint = Checkpoint(folder, names_of(model))
     wanted = wanted_of(model)
     check_tensors(checkpoint, wanted)
+    require_noted_weights(folder)
     spread = _spread(model, where, dtype, folder)
     devices = expand_device_map(spread, [name for name, _ in _tensors_of(model)])
     in_float32 = kept_in_float32(model, dtype)

@@ -15,6 +15,7 @@ from m2d.artifacts import read_json
 from m2d.errors import UserError
 from m2d.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, tensors_of
 from m2d.models.derive import describe
+from m2d.models.digests import require_noted_weights
 from m2d.models.families import EMO, FAMILIES, Family
 from m2d.models.fingerprint import fingerprint
 from m2d.models.hub import locate, name_of
@@ -294,8 +295,12 @@ def _kind_of(student: Path, teacher: PretrainedConfig) -> tuple[str, bool]:
 
 
 def check_weights(teacher: Teacher) -> None:
-    """Raise a UserError where weights lie in the folder that are not those of the class."""
+    """Raise a UserError where weights lie in the folder that are not those of the class.
+
+    Or, of a student that serves as teacher, not those of its m2d.json.
+    """
     if has_weights(teacher.folder):
+        require_noted_weights(teacher.folder)
         check_tensors(Checkpoint(teacher.folder), wanted_of(teacher.skeleton, text_only=True))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from m2d.artifacts import require_absent, sha256_of
 from m2d.devices import dtype_name
 from m2d.errors import UserError
+from m2d.models.digests import weight_digests
 from m2d.models.resume import Arrays, Kept, identity, remove_kept
 from m2d.models.teacher import Teacher, locate, open_teacher
 from m2d.options import above_zero, add_compute_options, positive
@@ -36,7 +37,6 @@ from m2d.refit.halves import (
 from m2d.refit.refit import student_dtype, teacher_half, wide
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
 from m2d.refit.training import OPTIMISERS, AlignSettings, Examples, fit_block, load_parts
-from m2d.students.files import weight_digests
 from m2d.students.rewrite import rewrite_student
 from m2d.tokens.calibration import calibration
 

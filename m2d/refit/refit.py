@@ -20,6 +20,7 @@ from m2d.artifacts import require_absent, sha256_of
 from m2d.devices import dtype_name
 from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
+from m2d.models.digests import weight_digests
 from m2d.models.families import Family
 from m2d.models.resume import Arrays, Kept, identity, remove_kept
 from m2d.models.teacher import Teacher, locate, open_teacher
@@ -39,7 +40,6 @@ from m2d.refit.halves import (
 from m2d.refit.ridge import RIDGES, refit_down, squared_error
 from m2d.refit.splits import HELD_OUT_EVERY, held_out_sequences
 from m2d.statistics.moments import Moments
-from m2d.students.files import weight_digests
 from m2d.students.rewrite import FeedForward, rewrite_student
 from m2d.tokens.calibration import calibration
 

@@ -4,9 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from m2d.artifacts import parsed_json, read_json, sha256_of
+from m2d.artifacts import parsed_json, read_json
 from m2d.errors import UserError
-from m2d.models.checkpoint import shard_files
 from m2d.models.hub import other_files
 from m2d.models.schemes import MODELOPT_FILE
 from m2d.progress import say
@@ -24,25 +23,6 @@ PROCESSORS = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
-
-
-def weight_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 digest of every file of a student's weights.
-
-    Raises UserError where its m2d.json, which says what the student was made from, is of others.
-    """
-    file = folder / "m2d.json"
-    recorded = read_json(file).get("files_sha256") if file.is_file() else None
-    noted = recorded if isinstance(recorded, dict) else {}
-    found = {weights.name: sha256_of(weights) for weights in shard_files(folder)}
-    for name, digest in found.items():
-        if noted and noted.get(name) != digest:
-            raise UserError(
-                f"{folder}: {name} is not what {file.name} was written with (m2d verify says "
-                "more); make the student again, or, if the change is meant, remove files_sha256 "
-                f"from its {file.name}"
-            )
-    return found
 
 
 def copy_others(
