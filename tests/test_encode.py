@@ -289,6 +289,9 @@ def test_masks_of_others_are_respected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is padded"):
         read_tokens(tmp_path / "t")
     assert open_tokens(tmp_path / "t").masks == ("labels", "attention_mask")
+    save_file({"input_ids": IDS, "position_ids": IDS.clone()}, tmp_path / "t")
+    with pytest.raises(UserError, match="has 'position_ids', which m2d would not heed"):
+        open_tokens(tmp_path / "t")
 
 
 def test_tokenize_takes_the_options(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

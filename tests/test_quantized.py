@@ -18,6 +18,7 @@ from m2d.errors import UserError
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.entries import Derived
 from m2d.models.quantized import dequantize_mxfp4, dequantize_scaled
+from m2d.models.schemes import read_scheme
 from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher
 from m2d.students.merge import write_student
@@ -115,6 +116,7 @@ def test_an_fp8_teacher_converts_as_its_dequantised_twin(
 def test_fused_fp8_experts(tmp_path: Path) -> None:
     block = (16, 16)
     folder = to_fp8(make("qwen3_moe", tmp_path / "teacher"), block, KEPT)
+    open_teacher(folder)  # its family is known from then on
     apart = Checkpoint(folder)
     parts = [f"model.layers.0.mlp.experts.{e}" for e in range(EXPERTS)]
     expected = {
@@ -149,6 +151,7 @@ def test_no_more_than_one_expert_is_dequantised_at_a_time(
 
     monkeypatch.setattr("m2d.models.layouts.dequantize_mxfp4", watched)
     folder = to_mxfp4(make("gpt_oss", tmp_path / "teacher"))
+    open_teacher(folder)  # its family is known from then on
     entries = Checkpoint(folder).entries
     derived = [name for name, entry in entries.items() if isinstance(entry, Derived)]
     assert len([name for name in derived if name.endswith("_proj.weight")]) == 2 * EXPERTS * 3
@@ -165,7 +168,55 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"scale_inv is .* but blocks of \[8, 8\]"):
         Checkpoint(folder)
     folder = to_mxfp4(make("gpt_oss", tmp_path / "mxfp4"))
+    open_teacher(folder)  # its family is known from then on
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.down_proj_scales"]
     with pytest.raises(UserError, match="down_proj_blocks has no fitting scales"):
         Checkpoint(save_tensors(folder, tensors))
+    folder = to_mxfp4(make("gpt_oss", tmp_path / "e8m0"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    tensors[name] = tensors[name].view(torch.float8_e8m0fnu)
+    with pytest.raises(UserError, match="scales are not both of bytes"):
+        Checkpoint(save_tensors(folder, tensors))
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8"}
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+# quantization_config, compression_config, ModelOpt's algorithm, and what is said; None: they agree.
+TWICE: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, str | None, str | None]] = {
+    "fp8 twice": (FP8, None, "FP8_PB_WO", None),
+    "modelopt's twice": (MODELOPT, None, "FP8", None),
+    "compressed-tensors' twice": (COMPRESSED, COMPRESSED, None, None),
+    "fp8 and nvfp4": (FP8, None, "NVFP4", "are nvfp4, and .*config.json that they are fp8"),
+    "nvfp4 and fp8": (
+        {**COMPRESSED, "format": "nvfp4-pack-quantized"},
+        None,
+        "FP8",
+        "hf_quant_config.json: says that the weights are fp8",
+    ),
+    "awq and fp8": ({"quant_method": "awq", "bits": 4}, None, "FP8", "that they are awq"),
+    "two blocks": (
+        COMPRESSED,
+        {**COMPRESSED, "config_groups": {"a": {"weights": {"block_structure": [16, 16]}}}},
+        None,
+        "are fp8 of other sizes",
+    ),
+    "what is not read": (FP8, None, "W4A8_AWQ", "quantised with ModelOpt's W4A8_AWQ"),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_two_descriptions_of_the_quantisation_must_agree(case: str, tmp_path: Path) -> None:
+    first, second, algorithm, said = TWICE[case]
+    config = {"quantization_config": first, "compression_config": second}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if algorithm:
+        content = {"quantization": {"quant_algo": algorithm}}
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    if said is None:
+        assert read_scheme(tmp_path, config).method == (first or {})["quant_method"]
+        return
+    with pytest.raises(UserError, match=said):
+        read_scheme(tmp_path, config)

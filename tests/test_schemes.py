@@ -333,6 +333,30 @@ UNKNOWN: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
         {"quant_method": "awq", "bits": 4, "version": "GEMV"},
         None,
     ),
+    "awq of 4 bits in the layout 'llm-awq'": (
+        {"quant_method": "awq", "bits": 4, "version": "gemm", "backend": "llm-awq"},
+        None,
+    ),
+    "gptq of 4 bits in the layout 'marlin'": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", "is_marlin_format": True},
+        None,
+    ),
+    "gptq of 8 bits in the layout 'bitblas'": (
+        {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq", "format": "bitblas"},
+        None,
+    ),
+    "gptq of 4 bits in the layout 'gptq and gptq_v2'": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", "format": "gptq_v2"},
+        None,
+    ),
+    "compressed-tensors' marlin-24, in a group": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "mixed-precision",
+            "config_groups": {"a": {"format": "marlin-24", "weights": {"type": "int"}}},
+        },
+        None,
+    ),
 }
 
 
@@ -347,4 +371,4 @@ def test_a_format_that_is_not_read_is_refused_by_name_before_any_weight(
         (folder / "hf_quant_config.json").write_text(json.dumps(modelopt))
     (folder / "model.safetensors").unlink()
     assert main(["inspect", str(folder)]) == 2
-    assert f"quantised with {said}" in capsys.readouterr().err
+    assert f"quantised with {said.removesuffix(', in a group')}" in capsys.readouterr().err

@@ -175,6 +175,8 @@ def _split_experts(
             scales = entries.pop(whole + MXFP4_SUFFIXES[1], None)
             if scales is None or scales.shape != entry.shape[:-1]:
                 raise UserError(f"{folder}: {name} has no fitting scales beside it")
+            if {entry.dtype, scales.dtype} != {torch.uint8}:
+                raise UserError(f"{folder}: {name} and its scales are not both of bytes (uint8)")
             if 2 * entry.shape[-1] != MXFP4_BLOCK:
                 raise UserError(f"{folder}: {name} has blocks of {2 * entry.shape[-1]}, not 32")
             names[whole] = names.pop(name).removesuffix(MXFP4_SUFFIXES[0])

@@ -4,7 +4,7 @@ In config.json (`quantization_config`, in older ones `compression_config`) or, M
 hf_quant_config.json. m2d/models/quantized_entries.py finds the tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ FORMATS = (
     "pack-quantized",
 )
 MODELOPT_ALGORITHMS = ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W8A8_FP8")
+# Of AWQ and GPTQ: where config.json names the layout of the packed integers, and those read.
+LAYOUT_KEYS = ("checkpoint_format", "format", "version")
+PLAIN = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}
 
 # compressed-tensors' names of an order of columns that `g_idx` must tell.
 SHUFFLED = ("group", "dynamic", "true")
@@ -56,13 +59,34 @@ class Scheme:
 def read_scheme(folder: Path, config: dict[str, Any]) -> Scheme:
     """The scheme that config.json and ModelOpt's file name.
 
-    Raises UserError, with its name, for one that m2d does not read.
+    Raises UserError, with its name, for one that m2d does not read, and for two that disagree.
     """
-    settings, where = _settings(folder, config)
-    if not settings:
+    found = []
+    for settings, where in _settings(folder, config):
+        with reading(where, "a config that says how its weights are quantised"):
+            found.append((_kind(settings), _scheme(settings, where), where))
+    if not found:
         return Scheme()
-    with reading(where, "a config that says how its weights are quantised"):
-        return _scheme(settings, where)
+    (kind, scheme, first), *others = found
+    for other, own, where in others:
+        alike = own == scheme or "modelopt" in (own.method, scheme.method)  # which says no sizes
+        if other != kind or not alike:
+            what = other if other != kind else f"{kind} of other sizes"
+            raise UserError(
+                f"{where}: says that the weights are {what}, and {first} that they are {kind}; "
+                "remove what is wrong"
+            )
+    return scheme
+
+
+def _kind(settings: dict[str, Any]) -> str:
+    """What settings say of the numbers themselves, whichever program's words they use."""
+    method = str(settings.get("quant_method"))
+    said = settings.get({"modelopt": "quant_algo", "compressed-tensors": "format"}.get(method, ""))
+    for kind in ("nvfp4", "fp8"):
+        if kind in f"{method} {said}".lower() or (kind, said) == ("fp8", "float-quantized"):
+            return kind
+    return str(said or method)
 
 
 def _scheme(settings: dict[str, Any], where: Path) -> Scheme:
@@ -97,7 +121,8 @@ def _positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _settings(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+def _settings(folder: Path, config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Path]]:
+    """All that is said of the quantisation, and where; what counts comes first."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for key in QUANTISATION_KEYS:
@@ -106,29 +131,26 @@ def _settings(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], Pat
                     raise UserError(f"{folder / 'config.json'}: {key} must be an object")
                 if key == "compression_config":
                     found = {"quant_method": "compressed-tensors", **found}
-                return found, folder / "config.json"
+                yield found, folder / "config.json"
     file = folder / MODELOPT_FILE
-    if not file.is_file():
-        return {}, file
-    inner = read_json(file).get("quantization")
-    if not isinstance(inner, dict):
-        raise UserError(f"{file}: has no quantization section")
-    return {**inner, "quant_method": "modelopt"}, file
+    if file.is_file():
+        inner = read_json(file).get("quantization")
+        if not isinstance(inner, dict):
+            raise UserError(f"{file}: has no quantization section")
+        yield {**inner, "quant_method": "modelopt"}, file
 
 
 def _compressed(settings: dict[str, Any], refuse: Callable[[str], UserError]) -> Scheme:
-    layout = settings.get("format")
+    groups = [g for g in (settings.get("config_groups") or {}).values() if isinstance(g, dict)]
+    layouts = [settings.get("format"), *(g["format"] for g in groups if g.get("format"))]
     sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
-    if layout not in FORMATS or sparsity != "dense":
-        raise refuse(f"compressed-tensors' {layout if layout not in FORMATS else sparsity}")
+    unread = [one for one in layouts if one not in FORMATS] + [sparsity] * (sparsity != "dense")
+    if unread:
+        raise refuse(f"compressed-tensors' {unread[0]}")
     if (settings.get("transform_config") or {}).get("config_groups"):
         # The weights are of rotated activations, which only a program that rotates these has.
         raise refuse("compressed-tensors' transforms")
-    weights = [
-        group["weights"]
-        for group in (settings.get("config_groups") or {}).values()
-        if isinstance(group, dict) and isinstance(group.get("weights"), dict)
-    ]
+    weights = [g["weights"] for g in groups if isinstance(g.get("weights"), dict)]
     integers = [w for w in weights if w.get("type") == "int"]
     kinds = {(w.get("num_bits"), w.get("group_size")) for w in integers}
     blocks = {tuple(w.get("block_structure") or FP8_BLOCK) for w in weights}
@@ -153,12 +175,15 @@ def _compressed(settings: dict[str, Any], refuse: Callable[[str], UserError]) ->
 def _integers(method: str, settings: dict[str, Any], refuse: Callable[[str], UserError]) -> Scheme:
     bits = settings.get("bits", settings.get("w_bit"))
     group = settings.get("group_size", settings.get("q_group_size"))
-    layout = str(settings.get("version", "gemm") or "gemm").lower() if method == "awq" else ""
-    stored = str(settings.get("checkpoint_format") or "gptq").lower()
-    if method == "awq" and (bits != 4 or layout != "gemm"):
-        raise refuse(f"awq of {bits} bits in the layout {layout!r}")
-    if method == "gptq" and (bits not in (2, 4, 8) or stored not in ("gptq", "gptq_v2")):
-        raise refuse(f"gptq of {bits} bits in the layout {stored!r}")
+    named = {str(settings[key]).lower() for key in LAYOUT_KEYS if settings.get(key)}
+    if settings.get("is_marlin_format"):
+        named.add("marlin")
+    if str(settings.get("backend")).lower() == "llm-awq":
+        named.add("llm-awq")
+    plain = PLAIN[method]
+    stored = " and ".join(sorted(named - {*plain}) or sorted(named) or plain[:1])
+    if bits not in ((4,) if method == "awq" else (2, 4, 8)) or stored not in plain:
+        raise refuse(f"{method} of {bits} bits in the layout {stored!r}")
     if settings.get("rotation"):
         raise refuse(f"{method} after a rotation ({settings['rotation']})")
     offset = 1 if stored == "gptq" and method == "gptq" else 0

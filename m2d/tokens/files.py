@@ -94,6 +94,11 @@ def open_tokens(path: str | Path) -> TokenFile:
             names = set(file.keys())
             if "input_ids" not in names:
                 raise UserError(f"{path}: has no tensor 'input_ids'; make one with m2d tokenize")
+            if unknown := sorted(names - {"input_ids", *MASKS}):
+                raise UserError(
+                    f"{path}: has {unknown[0]!r}, which m2d would not heed; a token file holds "
+                    f"input_ids and perhaps {', '.join(MASKS)}"
+                )
             kinds = {}
             for name in ("input_ids", *MASKS):
                 if name in names:
