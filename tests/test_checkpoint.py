@@ -122,6 +122,12 @@ BROKEN = {
         },
         b"\0" * 8,
     ),
+    "a place between two bytes": header_with(
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.5, 4.5]}}, b"\0" * 4
+    ),
+    "a size in words": header_with(
+        {"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}, b"\0" * 4
+    ),
     "unknown dtype": header_with(
         {"a": {"dtype": "Q3", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4
     ),

@@ -236,6 +236,25 @@ def test_an_index_of_other_files_is_refused(tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
+def test_a_tensor_in_two_shards_is_that_of_transformers_or_refused(tmp_path: Path) -> None:
+    folder = make_teacher(tmp_path / "teacher")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    norm = {"model.norm.weight": tensors.pop("model.norm.weight")}
+    save_file(tensors, folder / first, {"format": "pt"})
+    save_file({MIDDLE: tensors[MIDDLE] * 2, **norm}, folder / second, {"format": "pt"})
+    weight_map = dict.fromkeys(tensors, first) | {MIDDLE: second, "model.norm.weight": second}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    assert torch.equal(Checkpoint(folder).read(MIDDLE), stock(folder).state_dict()[MIDDLE])
+    assert torch.equal(Checkpoint(folder).read(MIDDLE), tensors[MIDDLE] * 2)
+    weight_map[MIDDLE] = first
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="index and shards are not of one model"):
+        Checkpoint(folder)
+
+
 def test_a_tied_head_may_be_there_if_it_is_the_same(tmp_path: Path) -> None:
     folder = make_teacher(tmp_path / "teacher", tie_word_embeddings=True)
     embedding = "model.embed_tokens.weight"

@@ -121,8 +121,10 @@ def _check_covered(entries: dict[str, Entry], data_start: int, size: int) -> Non
 
 def _entry(file: Path, spec: dict[str, Any], data_start: int, size: int) -> Entry:
     dtype = DTYPES[spec["dtype"]]
-    shape = tuple(int(n) for n in spec["shape"])
-    begin, end = (int(n) for n in spec["data_offsets"])
+    shape = tuple(spec["shape"])
+    begin, end = spec["data_offsets"]
+    if any(type(number) is not int for number in (*shape, begin, end)):
+        raise ValueError("a shape or place that is not of whole numbers")
     if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError("a tensor's shape and size disagree")
     if begin < 0 or data_start + end > size:
