@@ -99,6 +99,7 @@ OWN: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": HANDED_ON,
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "hy_v4": HANDED_ON,
+    "inkling2": {"n_layers_per_attn_res_block": 2, "layer_types": ["hybrid_sliding", "hybrid"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "phimoe": {"num_local_experts": 2, "num_experts_per_tok": 2},

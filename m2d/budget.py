@@ -171,7 +171,7 @@ def measure_speed(
             if visit is not None:
                 experts.observer = lambda *batch: visit(Visit(index, router, experts, *batch))
             began = time.perf_counter()
-            layer(model.hidden[0], **model.call(index, 0))
+            model.calls.run(layer, index, 0, model.hidden[0])
             _finish(device)
             taken = min(taken, time.perf_counter() - began)
         return taken / count

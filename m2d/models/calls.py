@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 # A layer with such a parameter gives two results; the second one is the next layer's argument.
 PASSED_ON = "prev_"
+# A layer with this parameter is given the inputs of all layers that began a block before it.
+BLOCKS = "block_states"
 
 
 class Tap(nn.Module):
@@ -37,8 +39,36 @@ class Tap(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden, self.call = hidden, {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.call.pop(BLOCKS, None)
         output = hidden if self.replay is None else self.replay
         return output if self.passed_on is None else (output, None)
+
+
+def beginnings(taps: Sequence[Tap]) -> list[int]:
+    """The layers whose inputs later ones are given."""
+    return [i for i, tap in enumerate(taps) if BLOCKS in tap.names and tap.is_block_boundary]
+
+
+def with_room(taps: Sequence[Tap], hidden: Tensor) -> Tensor:
+    """Hidden states [B, T, H] before the first layer as they pass through the layers.
+
+    That is as they are or, where layers are given the inputs of n layers before them, with room for
+    those beside them: [B, T, (1 + n) H].
+    """
+    count = len(beginnings(taps))
+    if not count:
+        return hidden
+    return torch.cat([hidden, hidden.new_zeros(*hidden.shape[:-1], count * hidden.shape[-1])], -1)
+
+
+def replay(taps: Sequence[Tap], hidden: Tensor | None) -> None:
+    """Have the taps pass on what the layers gave, of states after the last one; None: no longer."""
+    first = beginnings(taps)
+    states = [None] * (1 + len(first)) if hidden is None else hidden.chunk(1 + len(first), dim=-1)
+    taps[-1].replay = states[0]
+    for index, given in zip(first, states[1:], strict=True):
+        if index:  # the first layer is given the embeddings
+            taps[index - 1].replay = given
 
 
 class Calls:
@@ -76,12 +106,26 @@ class Calls:
 
     def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
         """The hidden states after a layer; what it hands on is noted for the next one."""
+        if BLOCKS in self.taps[index].names:
+            return self._with_blocks(layer, index, batch, hidden)
         output = layer(hidden, **self.of(index, batch))
         if not isinstance(output, tuple):
             return output
         if self.taps[index].passed_on is not None:
             self.passed_on[batch] = output[1]
         return output[0]
+
+    def _with_blocks(self, layer: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """The same, where the hidden states have the inputs of earlier layers beside them."""
+        first = beginnings(self.taps)
+        states = hidden.unflatten(-1, (1 + len(first), -1))
+        own, known = states[..., 0, :].contiguous(), sum(other < index for other in first)
+        moved = states.clone()
+        blocks = states[..., 1 : 1 + known, :].contiguous()
+        moved[..., 0, :] = layer(own, **{BLOCKS: blocks}, **self.of(index, batch))
+        if index in first:
+            moved[..., 1 + known, :] = own
+        return moved.flatten(-2)
 
 
 def _held_once(value: Any, before: Any, seen: dict[tuple[int, int], Any]) -> Any:

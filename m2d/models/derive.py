@@ -5,6 +5,7 @@ transformers' common experts interface, `forward(hidden_states, top_k_index, top
 the router weighs is found by running it on random numbers. m2d.models.sibling settles the student.
 """
 
+import inspect
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from m2d.errors import UserError
+from m2d.models.calls import BLOCKS
 from m2d.models.families import DESCRIBED, FAMILIES, IMAGE_EXPERTS, Family
 from m2d.models.names import names_of
 from m2d.models.routers import kind_of_probabilities, probe, router_logits
@@ -42,7 +44,6 @@ PROBE_TOKENS = 5
 REFUSED = {
     "diffusion_gemma": "generates by denoising blocks of text, not token by token",
     "longcat_flash": "has experts that pass their input on unchanged, which no FFN does",
-    "inkling2": "mixes the outputs of several layers between layers",
     "doge": "has no experts that are FFNs: each is one neuron, found by a product of keys",
     "jetmoe": "has experts in its attention too, which no dense layer replaces",
 }
@@ -118,6 +119,7 @@ def describe(
         gated=stack.gated,
         biases=bool(getattr(experts, "has_bias", False)),
         scales_input=scales_input,
+        given_blocks=BLOCKS in inspect.signature(layer.forward).parameters,
         names=names,
         transposed=stack.transposed,
         interleaved=not getattr(experts, "is_concatenated", True),

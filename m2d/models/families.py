@@ -71,6 +71,8 @@ class Family:
     """Whether experts have biases."""
     scales_input: bool = False
     """Whether an expert's weight multiplies its input rather than its output."""
+    given_blocks: bool = False
+    """Whether layers are given the inputs of several layers before them: m2d.models.calls."""
 
     # How the file keeps what is not under its canonical name.
     renames: tuple[tuple[str, str], ...] = ()

@@ -90,10 +90,14 @@ def _renamed(
     for old, found in table.of(entries).items():
         if found.part is None:
             whole = entries[old] if found.turned is None else _turned(entries[old], *found.turned)
+            if found.interleaved is not None:
+                compute = partial(_one_after_the_other, axis=found.interleaved)
+                whole = _computed(whole, compute, whole.shape)
             called = (found.name, *found.others)
             cut = _cut_equally(whole, len(called), found.axis)
-            for name, entry in zip(called, cut, strict=False):
-                names[name], renamed[name] = old, entry
+            renamed |= zip(called, cut, strict=False)
+            if cut == [entries[old]]:  # what is computed of it is not written under its name
+                names[found.name] = old
         else:
             parts.setdefault((found.name, found.axis), []).append((found.part, old))
     for (name, axis), places in parts.items():
@@ -109,6 +113,11 @@ def _renamed(
 
 def _join(*parts: Tensor, axis: int) -> Tensor:
     return torch.cat(parts, dim=axis)
+
+
+def _one_after_the_other(whole: Tensor, axis: int) -> Tensor:
+    """Gate and up, which alternate along an axis."""
+    return whole.unflatten(axis, (-1, 2)).transpose(axis - 1, axis).flatten(axis - 1, axis)
 
 
 def _turned(entry: AnyEntry, one: int, other: int) -> AnyEntry:

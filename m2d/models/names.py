@@ -10,6 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
+    Interleave,
     Transpose,
     WeightConverter,
     WeightRenaming,
@@ -37,6 +38,8 @@ class Named:
     """Canonical names of the tensors that it is cut into, in equal parts, after `name`."""
     turned: tuple[int, int] | None = None
     """Axes that are exchanged."""
+    interleaved: int | None = None
+    """The axis, from the last, along which gate and up alternate; the class has all gate first."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class Names:
         if stem.endswith("experts"):
             half = HALVES[place] if len(converter.source_patterns) == len(HALVES) else fused
             if number is None:
-                return Named(f"{stem}.{half}")
+                mixed = [op for op in converter.operations if isinstance(op, Interleave)]
+                return Named(f"{stem}.{half}", interleaved=mixed[0].dim - 3 if mixed else None)
             expert, target = self._place_of(int(number.groups()[-1]), targets)
             return Named(f"{target.rpartition('.')[0]}.{expert}.{half}.weight")
         operation = converter.operations[0]

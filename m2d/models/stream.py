@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from m2d.devices import announce, free_memory, release_freed_memory
 from m2d.errors import UserError
-from m2d.models.calls import Calls, Tap
+from m2d.models.calls import Calls, Tap, replay, with_room
 from m2d.models.checkpoint import Checkpoint, require_finite
 from m2d.models.experts import (
     GLU,
@@ -189,8 +189,8 @@ class StreamedTeacher:
         for i, ids in enumerate(batches):
             self.model(ids.to(self.device), use_cache=False, logits_to_keep=1)
             calls.record()
-            first = self.taps[0].hidden
-            assert first is not None
+            assert self.taps[0].hidden is not None
+            first = with_room(self.taps, self.taps[0].hidden)
             if not i:
                 shapes = [(len(b), *first.shape[1:]) for b in batches]
                 hidden.plan(shapes, first.dtype)
@@ -228,10 +228,10 @@ class StreamedTeacher:
     @torch.no_grad()
     def logits(self, input_ids: Tensor, hidden: Tensor, rows: slice) -> Tensor:
         """The stock model's logits [B, rows, V] at positions `rows` of the last hidden states."""
-        self.taps[-1].replay = hidden
+        replay(self.taps, hidden)
         positions = torch.arange(hidden.shape[1], device=self.device)[rows]
         output = self.model(input_ids.to(self.device), use_cache=False, logits_to_keep=positions)
-        self.taps[-1].replay = None
+        replay(self.taps, None)
         return output.logits
 
 

@@ -300,8 +300,14 @@ def block_path(family: Family) -> str:
     """Module path of the MoE block: where the experts and the router are.
 
     Raises UserError where a layer's experts stand by themselves: what they give goes through a
-    norm of its own, and no down projection can be solved for.
+    norm of its own, and no down projection can be solved for; or where layers are given more of
+    those before them than their sum.
     """
+    if family.given_blocks:
+        raise UserError(
+            f"{family.model_type}: a layer is given what several before it were given, not their "
+            "sum alone, so a refit does not apply; leave out refit and align (--fold works)"
+        )
     path = family.block
     if not path:
         raise UserError(

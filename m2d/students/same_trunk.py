@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2d.devices import release_freed_memory
 from m2d.errors import UserError, first_line
-from m2d.models.calls import Calls, Tap
+from m2d.models.calls import Calls, Tap, replay, with_room
 from m2d.models.checkpoint import Checkpoint, require_finite
 from m2d.models.families import Family
 from m2d.models.skeleton import (
@@ -134,7 +134,7 @@ class _Trunk:
         self._run_to_the_head()
         self._set(self.embedding, _zeros)
         assert taps[0].hidden is not None
-        self.hidden: Tensor = taps[0].hidden
+        self.hidden: Tensor = with_room(taps, taps[0].hidden)
         self.calls = Calls(taps)
         self.calls.record()
 
@@ -202,7 +202,7 @@ class _Trunk:
 
     def logits(self) -> Tensor:
         """The logits [1, T, V] of the last hidden states."""
-        self.taps[-1].replay = self.hidden
+        replay(self.taps, self.hidden)
         again = self.head or self.embedding
         self._set(again, self._weight)
         logits = self.model(self.ids, use_cache=False).logits
