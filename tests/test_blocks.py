@@ -117,6 +117,24 @@ def test_a_uniform_router_over_all_experts_converts_exactly(
     assert all(torch.equal(theirs[name], ours[name]) for name in tower)
 
 
+def test_fold_distill_and_verify(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both models give logits to fewer tokens than their output embeddings have rows."""
+    tokens = tmp_path / "tokens.safetensors"
+    save_file({"input_ids": IDS}, tokens, {"sequences": "5", "length": "12"})
+    student, logits, out, stored = (tmp_path / n for n in ("student", "logits", "out", "stored"))
+    steps = ["--tokens", tokens, "--steps", "2", "--batch", "2", "--device-batch", "2"]
+    for command in (
+        ["convert", teacher, student, "--tokens", tokens, "--fold", "layer"],
+        ["distill", student, teacher, out, *steps],
+        ["teacher-logits", teacher, logits, "--tokens", tokens, "--size", "8"],
+        ["distill", student, teacher, stored, *steps, "--teacher-logits", logits],
+        ["verify", out],
+    ):
+        assert main([str(part) for part in command]) in (0, None), capsys.readouterr().err
+
+
 @pytest.mark.parametrize("in_files", [False, True])
 def test_a_pass_goes_on_in_the_middle_of_a_block(
     in_files: bool, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from m2d.models.skeleton import decoder_of
 DIVISORS = ("logits_scaling",)  # Granite
 FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 SOFTCAPS = ("final_logit_softcapping",)  # Gemma
+UNPADDED = "unpadded_vocab_size"  # Inkling 2: tokens beyond it have no logits
 
 
 class Head(NamedTuple):
@@ -76,7 +77,8 @@ def head_of(model: PreTrainedModel) -> Head:
     for key in FACTORS:
         multiplier *= getattr(config, key, None) or 1.0
     softcap = next((getattr(config, key) for key in SOFTCAPS if getattr(config, key, None)), None)
-    return Head(output.weight, getattr(output, "bias", None), multiplier, softcap)
+    head = Head(output.weight, getattr(output, "bias", None), multiplier, softcap)
+    return head.first(getattr(config, UNPADDED, None) or len(output.weight))
 
 
 def _run_base(model: PreTrainedModel, input_ids: Tensor, **options: Any) -> Any:
@@ -111,7 +113,8 @@ def check_head(model: PreTrainedModel, input_ids: Tensor, name: str) -> None:
     hidden = hidden_states(model, ids).flatten(0, 1).to(own.device)
     ours = head_of(model).to(own.device).logits(hidden)
     tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
-    if not torch.allclose(ours, own, rtol=0, atol=tolerance * float(own.abs().max())):
+    same = ours.shape == own.shape
+    if not same or not torch.allclose(ours, own, rtol=0, atol=tolerance * float(own.abs().max())):
         raise UserError(
             f"{name}: its logits are not its last hidden states times its output embedding "
             f"({type(model).__name__} changes them in a way that m2d does not know)"
