@@ -322,3 +322,10 @@ def test_a_signal_ends_a_command_with_its_code(number: str, code: int, when: str
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "m2d", "no-such-command"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no-such-command" in done.stderr
