@@ -275,10 +275,10 @@ def attainable(
         try:
             check()
         except UserError as error:
-            without = f"without {' and '.join(wanted)}"
+            parts = " and ".join(wanted)
             if any(given[name] is not None for name in wanted):
-                raise UserError(f"{error}; convert {without}") from None
-            say(f"{teacher.name}: {without}, since {error}")
+                raise UserError(f"{error}; leave out {parts}") from None
+            say(f"{teacher.name}: without {parts}, since {error}")
             how = replace(how, **{name: getattr(Conversion(), name) for name in wanted})
     return how
 

@@ -1,5 +1,6 @@
 """Tiny models of the real architectures, saved to disk in the layout that the hub uses."""
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,6 +59,13 @@ def write_tokens(path: str | Path, input_ids: torch.Tensor, metadata: dict[str, 
     sizes = {"sequences": str(input_ids.shape[0]), "length": str(input_ids.shape[1])}
     with atomic_path(path) as temporary:
         save_file({"input_ids": input_ids.contiguous()}, temporary, {**metadata, **sizes})
+
+
+def forget_digests(student: Path) -> None:
+    """As who changes a student's weights in its folder, and means it, does."""
+    record = json.loads((student / "m2d.json").read_text())
+    del record["files_sha256"]
+    (student / "m2d.json").write_text(json.dumps(record))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -49,7 +49,7 @@ def test_it_is_refused_before_any_pass_where_it_was_asked(
         raise AssertionError("a pass was made")
 
     monkeypatch.setattr(StreamedTeacher, "run", unwanted)
-    with pytest.raises(UserError, match=r"AfmoeDecoderLayer.*; convert without refit"):
+    with pytest.raises(UserError, match=r"AfmoeDecoderLayer.*; leave out refit"):
         m2d.convert(
             place / "teacher", tmp_path / "out", tokens=place / "tokens.safetensors", **asked
         )

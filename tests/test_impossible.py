@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from bound import DISTILL, Run, flip, run
+from conftest import forget_digests
 from safetensors import safe_open
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
@@ -169,6 +170,7 @@ def test_perplexity_of_a_model_that_gives_no_numbers_is_refused(
     tensors["lm_head.weight"] *= 1e30
     tensors["model.norm.weight"] *= 1e30
     save_file(tensors, file, {"format": "pt"})
+    forget_digests(own_run["student"])
     assert run("perplexity", own_run["student"], "--tokens", own_run["tokens"]) == 2
     assert "which is no perplexity" in capsys.readouterr().err
 

@@ -151,7 +151,7 @@ def require_foldable(teacher: Teacher) -> None:
     if size != teacher.expert_size:
         raise UserError(
             f"{family.model_type}: its router does not read what its experts read, so it cannot be "
-            "folded into their gates; leave out fold"
+            "folded into their gates"
         )
 
 
