@@ -316,6 +316,8 @@ def test_a_signal_ends_a_command_with_its_code(number: str, code: int, when: str
     where = "importlib.import_module" if when == "import" else "m2d.cli.take_gpu"
     script = (
         "import importlib, os, signal, sys, m2d.cli\n"
+        # A shell's background job ignores it, and so would all that it starts.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"def hit(*_): os.kill(os.getpid(), signal.{number})\n"
         f"{where} = hit\n"
         "sys.exit(m2d.cli.main(['workflow']))\n"
