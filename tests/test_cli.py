@@ -331,3 +331,9 @@ def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no-such-command" in done.stderr
+
+
+def test_what_make_runs_as_modules_is_found() -> None:
+    """`make kills` and its like do not have this folder in their path, as pytest does."""
+    code = "import tests.arguments, tests.faults, tests.fuzz, tests.kills"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

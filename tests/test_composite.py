@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from family_teachers import relative_error
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -28,7 +27,7 @@ from m2d.evaluate.perplexity import measure
 from m2d.inspect import text_student
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.family_quantized import slow_fp8, to_fp8
-from tests.family_teachers import randomise
+from tests.family_teachers import randomise, relative_error
 
 EXPERTS, LAYERS = 4, 2
 # What FP8 checkpoints leave as it is.

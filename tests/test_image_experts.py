@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from family_teachers import relative_error
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Ernie4_5_VLMoeConfig
 
@@ -24,7 +23,7 @@ from m2d.models.stream import StreamedTeacher
 from m2d.models.teacher import open_teacher, read_config
 from m2d.models.visit import Visit
 from tests.conftest import VOCABULARY, make_tokenizer
-from tests.family_teachers import randomise
+from tests.family_teachers import randomise, relative_error
 
 EXPERTS, LAYERS, WIDTH, OF_IMAGES, SHARED = 4, 3, 16, 8, 2
 TEXT: dict[str, Any] = {
