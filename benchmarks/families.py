@@ -100,9 +100,9 @@ def table(rows: list[dict[str, str]]) -> str:
         "# Which families convert, and how exactly",
         "",
         "Written by `python benchmarks/families.py --out docs/families.md`; do not edit. Every "
-        f"Mixture-of-Experts text generator of transformers {transformers.__version__} that has "
-        f"one, {len(rows)} model types, on a tiny random model with {EXPERTS} experts that the "
-        "router weighs alike and takes all, through files on disk in float32. The error is the "
+        f"Mixture-of-Experts text generator of transformers {transformers.__version__}, "
+        f"{len(rows)} model types, as a tiny random model with {EXPERTS} experts, all of which the "
+        "router takes and weighs alike, through files on disk in float32. The error is the "
         "relative distance of the student's logits from the teacher's: a few 1e-7 is rounding. "
         "Random weights make what is approximated look worse than it is in a trained model. "
         "Where a token takes one expert in any config (Zaya), the experts are all the same.",
