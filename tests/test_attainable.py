@@ -63,3 +63,14 @@ def test_a_budget_where_layers_hand_on_more(place: Path, tmp_path: Path) -> None
     out = m2d.convert(teacher, tmp_path / "out", tokens=tokens, budget="10min")
     layers = json.loads((out / "m2d.json").read_text())["align"]["layers"]
     assert len(layers) == 3
+
+
+def test_a_norm_over_the_experts_sum_is_seen(place: Path, tmp_path: Path) -> None:
+    """A.X-K1 norms what shared and routed experts give together, within its block."""
+    experts = {"n_routed_experts": 8, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    latent = {"kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+    groups = {"n_group": 1, "topk_group": 1, "v_head_dim": 8, "first_k_dense_replace": 1}
+    changes = {**experts, **latent, **groups, "num_key_value_heads": 4}
+    teacher = family_teachers.save_stock(tmp_path / "teacher", "AXK1", changes)
+    with pytest.raises(UserError, match=r"AXK1MoE.*; leave out refit"):
+        m2d.convert(teacher, tmp_path / "out", tokens=place / "tokens.safetensors", refit="layer")

@@ -133,6 +133,35 @@ def check_halves(
         )
 
 
+def check_sum(
+    layer: nn.Module, family: Family, hidden: Tensor, call: dict[str, Any], name: str
+) -> None:
+    """Raise a UserError unless the block adds what its experts give to what else it computes.
+
+    A student of the same class then does so too, which the closed form takes for granted; with a
+    norm over both it does not hold. The experts' output counts 0, 1 and 2 times.
+    """
+    outputs: list[Tensor] = []
+    block, experts = layer.get_submodule(block_path(family)), layer.get_submodule(family.experts)
+    seen = block.register_forward_hook(lambda _, __, out: outputs.append(_first(out).float()))
+    try:
+        for times in (0, 1, 2):
+            scaled = experts.register_forward_hook(lambda _, __, out, times=times: times * out)
+            try:
+                layer(hidden, **call)
+            finally:
+                scaled.remove()
+    finally:
+        seen.remove()
+    none, once, twice = outputs
+    tolerance = TOLERANCE.get(hidden.dtype, 2e-2) * float(twice.abs().max())
+    if not torch.allclose(twice - once, once - none, rtol=0, atol=tolerance):
+        raise UserError(
+            f"{name}: its blocks do not just add up their experts' output "
+            f"({type(block).__name__}), so a refit in closed form does not apply"
+        )
+
+
 class SteppedModel(StreamedTeacher):
     """A model whose layers the caller runs one by one; it keeps the hidden states between them."""
 

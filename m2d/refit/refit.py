@@ -32,6 +32,7 @@ from m2d.refit.halves import (
     StudentFeedForward,
     block_path,
     check_halves,
+    check_sum,
     kept_layers,
     open_student,
     residual_multiplier,
@@ -204,6 +205,8 @@ def teacher_half(source: SteppedModel, layer: nn.Module, index: int, i: int, che
     halves = run_halves(source, layer, block, index, i)
     if check and i == 0:
         check_halves(layer, halves, source.hidden[i], call, source.teacher.name)
+        if source.teacher.family.student_experts:
+            check_sum(layer, source.teacher.family, source.hidden[i], call, source.teacher.name)
     source.hidden[i] = halves.residual + residual_multiplier(layer) * halves.block_output
     return halves
 
