@@ -49,16 +49,20 @@ def claimed(args: argparse.Namespace) -> Iterator[None]:
     try:
         check_kind(out, args.command)
     except UserError:
-        # One that was killed once its output was there has left its lock, or its work.
-        if any(out.parent.glob(f".{escape(out.name)}.*")):
-            with contextlib.suppress(UserError), claim(out):
-                pass
+        clear(out)
         raise
     check_no_input(out, args)
     shared = getattr(args, "part", None) or (0, 1)  # which part of how many, of a shared folder
     part = "" if shared[1] == 1 else "-".join(map(str, shared))
     with claim(out, part):
         yield
+
+
+def clear(out: Path) -> None:
+    """Remove the lock and the work of who was killed once the output was there."""
+    if any(out.parent.glob(f".{escape(out.name)}.*")):
+        with contextlib.suppress(UserError), claim(out):
+            pass
 
 
 def check_kind(out: Path, command: str) -> None:

@@ -133,7 +133,12 @@ def test_parts_make_the_same_files_and_can_be_stopped(place: Path) -> None:
     tokens = place / "tokens.safetensors"
     with pytest.raises(UserError, match=r"2 of 3 shards are missing, the first is shard-00000"):
         StoredLogits(place / "parts", tokens, 300)
+    # As who was killed once a shard was there leaves it.
+    for number in (0, 1):
+        (place / "parts" / f".shard-{number:05}.safetensors.lock").touch()
     make(place, "parts", *sampled, "--part", "1/2")
+    make(place, "parts", *sampled)
+    assert not list((place / "parts").glob(".*"))
     for number in range(3):
         name = f"shard-{number:05}.safetensors"
         ours, theirs = load_file(place / "parts" / name), load_file(place / "once" / name)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from m2d.artifacts import sha256_of
-from m2d.claims import claim
+from m2d.claims import claim, clear
 from m2d.devices import announce, compute_dtype, dtype_name, pick_device
 from m2d.distill.loading import device_map, expand_routing
 from m2d.distill.logits import (
@@ -116,5 +116,7 @@ def main(args: argparse.Namespace) -> None:
         shard = shard_path(args.out, number)
         with claim(shard):  # parts of several divisions have it in common
             write_shard(shard, ids, log_p, vocabulary, index)
+    for number, _ in mine:
+        clear(shard_path(args.out, number))
     write_index(args.out, index)  # of a part that has no shard
     say(f"{args.out}: {len(mine)} shards of {tokens.sequences} sequences, {args.kind} {args.size}")
